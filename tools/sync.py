@@ -1,0 +1,50 @@
+"""Keep what is generated equal to its source: notebooks -> library, notebooks clean, nbs/index.ipynb -> README.md.
+
+python tools/sync.py            writes them
+python tools/sync.py --check    writes them and fails, naming each file, if anything changed
+"""
+
+import argparse
+import hashlib
+from pathlib import Path
+import sys
+
+import nbformat
+from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import TagRemovePreprocessor
+from nbdev.clean import nbdev_clean
+from nbdev.export import nbdev_export
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def snapshot() -> dict[Path, str]:
+    files = [*ROOT.glob("clip_lab/**/*.py"), *ROOT.glob("nbs/**/*.ipynb"), ROOT / "README.md"]
+    return {f: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists() and ".ipynb_checkpoints" not in f.parts}
+
+
+def write_readme() -> None:
+    notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    notebook.cells = [c for c in notebook.cells if not c.source.startswith("#| hide")]
+    text, _ = MarkdownExporter(preprocessors=[TagRemovePreprocessor]).from_notebook_node(notebook)
+    lines = [line.rstrip() for line in text.strip().replace("](images/", "](nbs/images/").splitlines()]
+    (ROOT / "README.md").write_text("<!-- Written from nbs/index.ipynb by tools/sync.py: edit that. -->\n\n" + "\n".join(lines) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit 1 if anything had to be written")
+    check = parser.parse_args().check
+    before = snapshot()
+    nbdev_export()
+    nbdev_clean()
+    write_readme()
+    after = snapshot()
+    changed = sorted(str(f.relative_to(ROOT)) for f in before.keys() | after.keys() if before.get(f) != after.get(f))
+    for name in changed: print(("out of date: " if check else "wrote ") + name)
+    if check and changed: print("Run `make sync`, look at the changes and commit them.", file=sys.stderr)
+    return int(check and bool(changed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
