@@ -7,13 +7,15 @@ python tools/sync.py --check    writes them and fails, naming each file, if anyt
 import argparse
 import hashlib
 from pathlib import Path
+import re
 import sys
 
 import nbformat
 from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
 from nbdev.clean import nbdev_clean
-from nbdev.export import nbdev_export
+from nbdev.doclinks import nbdev_export
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,11 +26,19 @@ def snapshot() -> dict[Path, str]:
 
 
 def write_readme() -> None:
+    """README.md from the saved outputs of nbs/index.ipynb; `#| hide` drops a cell, `#| echo: false` its code."""
     notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    notebook.metadata["language_info"] = {"name": "python"}
     notebook.cells = [c for c in notebook.cells if not c.source.startswith("#| hide")]
-    text, _ = MarkdownExporter(preprocessors=[TagRemovePreprocessor]).from_notebook_node(notebook)
-    lines = [line.rstrip() for line in text.strip().replace("](images/", "](nbs/images/").splitlines()]
-    (ROOT / "README.md").write_text("<!-- Written from nbs/index.ipynb by tools/sync.py: edit that. -->\n\n" + "\n".join(lines) + "\n")
+    for cell in notebook.cells:
+        if cell.source.startswith("#| echo: false"): cell.metadata["tags"] = ["no-input"]
+    exporter = MarkdownExporter(preprocessors=[TagRemovePreprocessor(remove_input_tags={"no-input"}, enabled=True)],
+                                config=Config(NbConvertBase=dict(display_data_priority=["text/markdown", "text/plain"])))
+    text, _ = exporter.from_notebook_node(notebook)
+    for here, there in (("](images/", "](nbs/images/"), ("](../", "](")): text = text.replace(here, there)
+    lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
+    lines = re.sub(r"\n{3,}", "\n\n", lines)
+    (ROOT / "README.md").write_text(f"<!-- Written from nbs/index.ipynb by tools/sync.py: edit that. -->\n\n{lines}\n")
 
 
 def main() -> int:
