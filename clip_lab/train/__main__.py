@@ -27,6 +27,5 @@ def command(
     print(f"weights: {weights}")
 
 # %% ../../nbs/train/14_main.ipynb #60745ad2
-#| eval: false
-# Run from a shell, not when the notebook is executed.
-if __name__ == "__main__" and "ipykernel" not in sys.modules: tyro.cli(command, config=(tyro.conf.OmitArgPrefixes,))
+# A notebook has no __file__: there, nothing is launched.
+if __name__ == "__main__" and "__file__" in globals(): tyro.cli(command, config=(tyro.conf.OmitArgPrefixes,))

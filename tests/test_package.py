@@ -1,0 +1,78 @@
+"""The package as a whole: what it imports, how fast it answers, what it ships, and that settings agree."""
+
+import configparser
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import clip_lab
+from clip_lab.evals.embedded import CARD_JSON, read_card, write_card
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = sorted(f.relative_to(ROOT).with_suffix("") for f in (ROOT / "clip_lab").rglob("*.py") if not f.name.startswith("_"))
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_library_imports_without_the_extras():
+    blocked = ("gradio", "IPython", "jupyterlab", "ipywidgets", "accelerate", "matplotlib", "fastcore", "nbdev", "transformers", "tyro")
+    rooms = [".".join(f.parts) for f in LIBRARY if "train" not in f.parts and "ui" not in f.parts]
+    assert "clip_lab.evals.zeroshot" in rooms and len(rooms) > 15
+    done = python(f"import sys, importlib\nfor m in {blocked!r}: sys.modules[m] = None\nfor m in {rooms!r}: importlib.import_module(m)")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_load_to_first_answer_within_three_seconds():
+    code = ("import clip_lab, torch; from clip_lab.data import emoji; from clip_lab.evals.zeroshot import classifier\n"
+            "model, preprocess = clip_lab.load()\n"
+            "x = preprocess(emoji.load('noto').pictures[0])[None]\n"
+            "with torch.no_grad(): print((model.encode_image(x, normalize=True) @ classifier(model, ['a cat', 'a face'], '{}').T).shape)")
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = python(code)
+        took.append(time.perf_counter() - start)
+        assert "[1, 2]" in done.stdout, done.stderr[-2000:]
+    assert min(took) < 3, f"seconds in three tries: {took}"
+
+
+def test_public_face():
+    assert clip_lab.available_models() == ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "emoji"]
+    assert clip_lab.tokenize("Hello World!")[0, :5].tolist() == [49406, 3306, 1002, 256, 49407]
+
+
+def test_shipped_files_stay_light():
+    assets = [f for f in (ROOT / "clip_lab" / "assets").rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in assets) <= 60e6
+    weights = ROOT / "clip_lab" / "assets" / "weights" / "emoji.safetensors"
+    assert weights.stat().st_size <= 20e6
+    assert sum(p.numel() for p in clip_lab.load()[0].parameters()) <= 12e6
+
+
+def test_card_is_the_weights_and_the_page_is_the_card(tmp_path):
+    table, measured = read_card()
+    assert measured["weights_hash"] == clip_lab.pretrained.weights_hash(clip_lab.load()[0])
+    assert {"estimate", "low", "high", "n", "chance"} <= set(table) and (table.low <= table.estimate).all() and (table.estimate <= table.high).all()
+    write_card(table, {k: v for k, v in measured.items() if k != "date"}, tmp_path)
+    assert (tmp_path / "MODEL_CARD.md").read_text() == (ROOT / "clip_lab" / "assets" / "weights" / "MODEL_CARD.md").read_text()
+    assert json.loads((tmp_path / "emoji.card.json").read_text())["rows"] == json.loads(CARD_JSON.read_text())["rows"]
+
+
+def test_missing_card_says_how_to_make_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="clip-lab card --write"): read_card(tmp_path / "emoji.card.json")
+
+
+def test_settings_for_nbdev_2_and_3_agree():
+    tomllib = pytest.importorskip("tomllib")
+    ini = configparser.ConfigParser(); ini.read(ROOT / "settings.ini")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for key in ("lib_path", "nbs_path", "doc_path", "branch", "readme_nb", "tst_flags", "title"):
+        assert project["tool"]["nbdev"][key] == ini["DEFAULT"][key], key
+    assert ini["DEFAULT"]["version"] == clip_lab.__version__
