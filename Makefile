@@ -22,7 +22,7 @@ sync: .venv/.stamp-dev  ## after editing a notebook: export the library, clean t
 card: .venv/.stamp-apps  ## measure the model card's table again
 	$(BIN)/clip-lab card
 
-weights: .venv/.stamp-dev  ## train the shipped weights again (about two hours on two cores)
+weights: .venv/.stamp-dev  ## train the shipped weights again (under two hours on two cores)
 	$(BIN)/accelerate launch --cpu --num_processes 1 -m clip_lab.train --output runs/emoji
 
 data: .venv/.stamp-dev  ## rebuild the shipped pictures from the studios' packages

@@ -24,7 +24,7 @@ from clip_lab.pretrained import load, weights_hash
 from clip_lab.ui.plots import bars_html, download_links, picture_buttons, table_html, verdict_html
 
 QUESTION = "What is in this picture?"
-LABELS = "a cat\na dog\nsomething to eat\na vehicle\na musical instrument\na building"
+LABELS = "a cat\na lion\nsomething to eat\na vehicle\na musical instrument\na building"
 EXAMPLES = ("cat face", "pizza", "bicycle", "guitar", "rocket", "penguin", "hot beverage", "umbrella with rain drops", "octopus", "castle", "violin", "sailboat")
 SENTENCES = 5000        # labels x templates: what a laptop reads in a few seconds
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 import clip_lab
+from clip_lab.pretrained import weights_hash
 from clip_lab.evals.embedded import CARD_JSON, read_card, write_card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +59,7 @@ def test_shipped_files_stay_light():
 
 def test_card_is_the_weights_and_the_page_is_the_card(tmp_path):
     table, measured = read_card()
-    assert measured["weights_hash"] == clip_lab.pretrained.weights_hash(clip_lab.load()[0])
+    assert measured["weights_hash"] == weights_hash(clip_lab.load()[0])
     assert {"estimate", "low", "high", "n", "chance"} <= set(table) and (table.low <= table.estimate).all() and (table.estimate <= table.high).all()
     write_card(table, {k: v for k, v in measured.items() if k != "date"}, tmp_path)
     assert (tmp_path / "MODEL_CARD.md").read_text() == (ROOT / "clip_lab" / "assets" / "weights" / "MODEL_CARD.md").read_text()

@@ -123,7 +123,7 @@ def verdict_html(answers: pd.DataFrame) -> str:
     best = answers.loc[answers.probability.idxmax()]
     among = f"{len(answers)} labels" if len(answers) != 1 else "one label, which could only win"
     return (f'<p class="cl-says" role="status">Most likely <b dir="auto">{escape(str(best.classname))}</b>'
-            f'<span class="cl-muted"> with {best.probability:.0%} of the probability among {among}</span></p>')
+            f'<span class="cl-muted"> with {best.probability:.1%} of the probability among {among}</span></p>')
 
 # %% ../../nbs/ui/60_plots.ipynb #10a38368
 #: How numbers of a column are written, wherever a table is shown.
