@@ -78,6 +78,7 @@ class PairBatch:
     keys: Tensor          # (n, 4) int64, see `also_true`
     levels: Tensor        # (n,) int64
 
+# %% ../../nbs/data/07_pairs.ipynb #feea7306
 class EmojiPairs:
     "The shipped drawings as training pairs; never a held-out concept, never a held-out style unless asked for."
     def __init__(self,

@@ -28,4 +28,4 @@ def command(
 
 # %% ../../nbs/train/14_main.ipynb #60745ad2
 # A notebook has no __file__: there, nothing is launched.
-if __name__ == "__main__" and "__file__" in globals(): tyro.cli(command, config=(tyro.conf.OmitArgPrefixes,))
+if __name__ == "__main__" and "__file__" in globals(): tyro.cli(command, prog="clip_lab.train", config=(tyro.conf.OmitArgPrefixes,))
