@@ -6,6 +6,7 @@
 __all__ = ['command']
 
 # %% ../../nbs/train/14_main.ipynb #3f454c56
+import os
 import sys
 
 from tqdm import tqdm
@@ -19,12 +20,13 @@ def command(
     resume: bool = False,   # continue from the checkpoint in `output`
 ) -> None:
     "Train a CLIP model on the shipped drawings."
-    with tqdm(total=config.steps, unit="step", disable=None, dynamic_ncols=True) as bar:
+    first = os.environ.get("RANK", "0") == "0"     # one process speaks for all
+    with tqdm(total=config.steps, unit="step", disable=None if first else True, dynamic_ncols=True) as bar:
         def report(line: dict) -> None:
             bar.update(line["step"] - bar.n)
             bar.set_postfix(loss=f"{line['loss']:.3f}", scale=f"{line['scale']:.1f}", pairs_per_s=f"{line['pairs_per_s']:.0f}")
         weights = train(config, resume, report)
-    print(f"weights: {weights}")
+    if first: print(f"weights: {weights}")
 
 # %% ../../nbs/train/14_main.ipynb #60745ad2
 # A notebook has no __file__: there, nothing is launched.

@@ -9,17 +9,26 @@ __all__ = ['gather', 'contrastive_loss']
 import torch
 from torch import Tensor
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_gather
 import torch.nn.functional as F
 
 # %% ../../nbs/train/10_objectives.ipynb #f1c42e73
+class _Gather(torch.autograd.Function):
+    "All processes' rows; backward, each process gets the sum of what all of them have to say about its own rows."
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
 def gather(x: Tensor) -> Tensor:    # (n, ...) -> (world * n, ...), ranks in order
     "Concatenate `x` over all processes, with gradients flowing back to the process that each row came from."
-    if not (dist.is_initialized() and dist.get_world_size() > 1): return x
-    if x.requires_grad: return torch.cat(all_gather(x))
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 def contrastive_loss(
     image_features: Tensor,                # (n, d) unit rows of this process
