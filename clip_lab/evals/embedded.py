@@ -160,6 +160,6 @@ two; elsewhere the same command gives other bits and much the same model. The lo
 Aimed at and not reached: Twemoji, things, 60 % top-1 and 85 % top-5; groups, 90 %; captions of held-out concepts in styles seen, 55 % top-5. The loss was
 still falling at the end and the training captions themselves are far from learned, so a longer run is the first thing to try.
 
-Reading the drawings of one more studio is the nearest of all shifts, and the table shows how much is lost even there. In OpenMoji black, flags are empty
-rectangles and skin tones are not drawn, so those rows cannot be high. Captions are English. Pictures are seen at 64 by 64 pixels.
+The drawings of one more studio are the smallest of all shifts, and the table shows how much is lost even there. OpenMoji black keeps the outlines of
+OpenMoji colour, which was seen, so it is not as far as it looks; its flags are empty rectangles and its skin tones are not drawn. Captions are English. Pictures are seen at 64 by 64 pixels.
 """
