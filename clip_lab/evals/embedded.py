@@ -144,7 +144,7 @@ OpenMoji black and all photographs were never seen.
 
 ## What it can do
 
-Zero-shot, {level:.0%} Wilson intervals. *role* says whether the style was seen in training. *caption*: among the names of all concepts, skin tones included;
+Zero-shot, with {level:.0%} intervals: Wilson for shares, bootstrap for the mean per class. *role* says whether the style was seen in training. *caption*: among the names of all concepts, skin tones included;
 *thing*: tones merged; *group*: the nine groups in words. Chance is 1/classes for top-1 and 5/classes for top-5.
 """
 CARD_TAIL = """
