@@ -50,11 +50,11 @@ def caption(
     tags = list(rng.permutation(list(concept.tags)))
     phrasing = PHRASINGS[rng.integers(len(PHRASINGS))] if rng.random() < 0.75 else "{}"
     u = rng.random()
-    if u < 0.62 or (u < 0.86 and not tags): return phrasing.format(name), level
-    if u < 0.74: return f"{phrasing.format(name)}, {', '.join(tags[:2])}", level
-    if u < 0.86: return phrasing.format(", ".join(tags[:rng.integers(1, 4)])), BASE
-    if u < 0.92: return f"{phrasing.format(name)}, {concept.group if rng.random() < 0.6 else concept.subgroup}", level
-    if u < 0.98: return phrasing.format(concept.group), GROUP
+    if u < 0.56 or (u < 0.76 and not tags): return phrasing.format(name), level
+    if u < 0.66: return f"{phrasing.format(name)}, {', '.join(tags[:2])}", level
+    if u < 0.76: return phrasing.format(", ".join(tags[:rng.integers(1, 4)])), BASE
+    if u < 0.82: return f"{phrasing.format(name)}, {concept.group if rng.random() < 0.6 else concept.subgroup}", level
+    if u < 0.95: return phrasing.format(concept.group), GROUP
     return phrasing.format(concept.subgroup), SUBGROUP
 
 # %% ../../nbs/data/07_pairs.ipynb #f63e4f06
@@ -83,7 +83,7 @@ class EmojiPairs:
     "The shipped drawings as training pairs; never a held-out concept, never a held-out style unless asked for."
     def __init__(self,
         styles: Sequence[str] = ("noto", "openmoji", "fluent"),
-        clipart_share: float = 0.3,   # of each epoch; 0 leaves the clip art out
+        clipart_share: float = 0.2,   # of each epoch; 0 leaves the clip art out
         per_base: int = 2,            # concepts of one base in an epoch, at most
         seed: int = 0,
     ):
@@ -107,13 +107,13 @@ class EmojiPairs:
             self.clips, self.clip_captions = [np.asarray(p.convert("RGBA")) for p in art.pictures], [list(c) for c in art.table.captions]
 
     def epoch(self, number: int) -> np.ndarray:      # (items,) int64
-        "The shuffled items of one epoch: concept indices, and -1 - k for clip art k."
+        "The items of one epoch, concept indices and -1 - k for clip art k: shuffled, but tones of one base side by side, to be told apart in one batch."
         rng = np.random.default_rng([self.seed, number])
-        items = np.concatenate([b if len(b) <= self.per_base else rng.choice(b, self.per_base, replace=False) for b in self.bases])
+        parts = [b if len(b) <= self.per_base else rng.choice(b, self.per_base, replace=False) for b in self.bases]
         if self.clips:
-            n = min(len(self.clips), round(len(items) * self.clipart_share / (1 - self.clipart_share)))
-            items = np.concatenate([items, -1 - rng.choice(len(self.clips), n, replace=False)])
-        return rng.permutation(items)
+            n = min(len(self.clips), round(sum(map(len, parts)) * self.clipart_share / (1 - self.clipart_share)))
+            parts += list(-1 - rng.choice(len(self.clips), (n, 1), replace=False))
+        return np.concatenate([parts[i] for i in rng.permutation(len(parts))])
 
     def _pair(self, item: int, rng: np.random.Generator):
         if item < 0:
