@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PORT ?= 7860
 
-.PHONY: demo test sync card weights data clean
+.PHONY: demo test sync card weights data bench clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.stamp-apps  ## classify shipped pictures, print the measured accuracy, open the app (APP=0: no app)
@@ -23,11 +23,15 @@ card: .venv/.stamp-apps  ## measure the model card's table again
 	$(BIN)/clip-lab card
 
 weights: .venv/.stamp-dev  ## train the shipped weights again (under two hours on two cores)
-	$(BIN)/accelerate launch --cpu --num_processes 1 -m clip_lab.train --output runs/emoji
+	$(BIN)/torchrun --standalone --nproc_per_node 2 -m clip_lab.train --cpu --output runs/emoji --resume auto
 
 data: .venv/.stamp-dev  ## rebuild the shipped pictures from the studios' packages
 	$(PIP) -e '.[build]'
 	$(BIN)/python tools/build_data.py --work build/data
+
+bench: .venv/.stamp-dev  ## speed and memory beside open_clip: bench/results/, shown in nbs/train/16_bench.ipynb
+	$(BIN)/python bench/train_step.py bench/results/train_step.json
+	$(BIN)/python bench/loss_memory.py bench/results/loss_memory.json --memory 8
 
 clean:
 	rm -rf .venv

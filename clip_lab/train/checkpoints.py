@@ -43,9 +43,9 @@ class Checkpoints:
             fresh.mkdir(parents=True)
         wait()
         try: fill(fresh)
-        except OSError as error:
+        except Exception as error:      # each format has an exception of its own for a full disk
             shutil.rmtree(fresh, ignore_errors=True)
-            raise OSError(error.errno, f"the checkpoint of step {step} could not be written ({error}); the last whole one is {self.newest()}") from error
+            raise OSError(f"the checkpoint of step {step} could not be written ({error}); the last whole one is {self.newest()}") from error
         wait()
         if main:
             shutil.rmtree(final, ignore_errors=True)
