@@ -23,6 +23,7 @@ class TrainConfig:
     model: str = "emoji"                # a name of clip_lab.model.CONFIGS
     output: Path = Path("runs/emoji")   # log, checkpoints and weights go here
     init: str | None = None             # start from these weights (anything clip_lab.load opens) instead of random ones
+    resolution: int | None = None       # pixels, where it is another than the model's; position embeddings are interpolated
     data: str = "emoji"                 # the shipped drawings, or pairs: a table, a folder, webdataset shards, a data set on disk
     image_column: str | None = None     # of the pairs, where the name does not tell
     caption_column: str | None = None
@@ -36,6 +37,7 @@ class TrainConfig:
     weight_decay: float = 0.1           # decoupled, weights only
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
+    layer_decay: float = 1.0            # each layer below the top learns by this factor slower; 1: all alike
     clip_grad: float = 1.0              # largest norm of the gradient; 0: not clipped
     ema: float = 0.998                  # decay of the weight average, per step; 0: none, the last weights are kept
     freeze: Literal["none", "image", "text"] = "none"
@@ -62,6 +64,7 @@ class TrainConfig:
         if not 0 <= self.ema < 1: raise ValueError(f"ema is {self.ema}; expected 0 <= ema < 1")
         if self.text_weights != "fp32" and self.ema: raise ValueError(f"text_weights are {self.text_weights} and ema is {self.ema}; a slow average does not fit into half precision: set ema to 0")
         if self.text_weights != "fp32" and self.precision == "no": raise ValueError(f"text_weights are {self.text_weights} and precision is no; half-precision weights need autocast: set precision to bf16")
+        if not 0 < self.layer_decay <= 1: raise ValueError(f"layer_decay is {self.layer_decay}; expected 0 < layer_decay <= 1")
         for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1: raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
 

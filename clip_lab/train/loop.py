@@ -9,6 +9,7 @@ __all__ = ['Towers', 'loss_of', 'Preempted', 'noticing', 'Run', 'drop_after', 't
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 import copy
+from dataclasses import replace
 import json
 import math
 from pathlib import Path
@@ -29,12 +30,12 @@ from ..data.pairs import EmojiPairs, also_true
 from ..images import Preprocess, preprocess
 from ..model import CLIP, build
 from ..pretrained import load, save
-from ..scaling import gflops
+from ..scaling import gflops, resize_positions
 from .checkpoints import Checkpoints
 from .config import TrainConfig, check_same_run, write_config
 from .feed import Batch, EmojiFeed, Feed, FileFeed
 from .cached import cached_backward
-from .finetune import freeze
+from .finetune import freeze, layer_decay_groups
 from .memory import HalfAdamW, checkpoint_blocks, half_text_weights
 from .objectives import chunked_contrastive_loss, contrastive_loss, gather, sigmoid_loss
 from .optim import clamp_logit_scale, cosine_with_warmup, parameter_groups
@@ -92,8 +93,7 @@ class Run:
         self.config = c = config
         AcceleratorState._reset_state()      # a second run of one process may have another precision; the process group stays
         self.accelerator = acc = Accelerator(mixed_precision=c.precision, cpu=c.cpu, log_with=list(c.track) or None, project_dir=str(c.output))
-        self.clip, self.preprocess = load(c.init) if c.init else (build(c.model, seed=c.seed), None)
-        self.preprocess = self.preprocess or preprocess(self.clip.config.image_resolution, background="white")
+        self.clip, self.preprocess = self._start()
         self.feed: Feed = self._feed()
         optimizer = self._optimizer(towers := self._towers())
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine_with_warmup(s, c.warmup, c.steps))
@@ -109,6 +109,13 @@ class Run:
         if c.data == "emoji": return EmojiFeed(EmojiPairs(c.styles, c.clipart_share, seed=c.seed), self.preprocess, c.batch_size, **place)
         return FileFeed(c.data, self.preprocess, c.batch_size, workers=c.workers, max_bad=c.max_bad, image=c.image_column, caption=c.caption_column, **place)
 
+    def _start(self) -> tuple[CLIP, Preprocess]:
+        c = self.config
+        clip, transform = load(c.init) if c.init else (build(c.model, seed=c.seed), None)
+        if c.resolution and c.resolution != clip.config.image_resolution:
+            clip, transform = resize_positions(clip, c.resolution), transform and replace(transform, size=c.resolution)
+        return clip, transform or preprocess(clip.config.image_resolution, background="white")
+
     def _towers(self) -> Towers:
         c, clip = self.config, self.clip
         if c.recompute: checkpoint_blocks(clip)
@@ -122,6 +129,9 @@ class Run:
     def _optimizer(self, towers: Towers) -> torch.optim.Optimizer:
         c = self.config
         groups, settings = parameter_groups(towers, c.weight_decay), dict(lr=c.lr, betas=c.betas, eps=c.eps)
+        if c.layer_decay < 1:
+            bias = [dict(params=[towers.logit_bias], weight_decay=0.0)] if towers.logit_bias is not None else []
+            groups = layer_decay_groups(self.clip, c.lr, c.layer_decay, c.weight_decay) + bias
         if c.moments == "fp32" and c.text_weights == "fp32": return torch.optim.AdamW(groups, **settings)
         return HalfAdamW(groups, moments=torch.bfloat16 if c.moments == "bf16" else torch.float32, seed=c.seed, **settings)
 
@@ -158,7 +168,7 @@ class Run:
         if not math.isfinite(mean): self._stop("loss", mean, batch)
         norm = float(acc.clip_grad_norm_(self.towers.parameters(), c.clip_grad or math.inf))
         if not math.isfinite(norm) and acc.scaler is None: self._stop("gradient's norm", norm, batch)     # fp16's scaler skips such a step
-        lr = self.schedule.get_last_lr()[0]
+        lr = max(self.schedule.get_last_lr())
         self.optimizer.step(); self.schedule.step(); self.optimizer.zero_grad(set_to_none=True)
         clamp_logit_scale(self.clip)
         if self.average: self.average.update_parameters(self.clip)
