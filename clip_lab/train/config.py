@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'TrainConfig', 'write_config', 'read_config', 'differences', 'check_same_run', 'plan']
 
 # %% ../../nbs/train/12f_config.ipynb #3ddf2123
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
