@@ -45,6 +45,6 @@ clean:
 
 .venv/.stamp-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e '.[dev]'
-	# A reference for tests, read file by file: its own dependencies are not needed.
-	$(PIP) --no-deps open-clip-torch
+	# References for tests and benchmarks, read file by file: their own dependencies are not needed.
+	$(PIP) --no-deps open-clip-torch clip-benchmark
 	@touch $@ .venv/.stamp-apps
