@@ -38,24 +38,28 @@ def safe_pickle(file: Path) -> dict:
     return content
 
 # %% ../../nbs/data/07k_arrays.ipynb #9105921b
-def _cifar(root: Path, name: str, files: dict[str, list[str]], meta: str, questions: dict[str, tuple[str, str]]) -> Found:
+def _cifar(root: Path, name: str, files: dict[str, list[str]], meta: str, columns: dict[str, tuple[str, str]]) -> Found:
+    "`columns`: the question and what else is told of a picture -> its labels in a batch, their names in the meta file; the question is the first."
     folder = need(root, name) if not (root / meta).exists() else root
     about, rows = safe_pickle(need(folder, meta)), []
-    order = {q: list(about[names]) for q, (_, names) in questions.items() if names in about}
-    if missing := [names for q, (_, names) in questions.items() if q not in order]: raise LayoutError(f"{folder / meta} has no {missing[0]}; it has {', '.join(map(str, about))}")
+    if missing := [names for _, names in columns.values() if names not in about]: raise LayoutError(f"{folder / meta} has no {missing[0]}; it has {', '.join(map(str, about))}")
+    known = {c: list(about[names]) for c, (_, names) in columns.items()}
     for split, parts in files.items():
         for part in parts:
             content = safe_pickle(need(folder, part))
-            data = content.get("data")
-            if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-                raise LayoutError(f"{folder / part}: data of {getattr(data, 'shape', type(data).__name__)}, {getattr(data, 'dtype', '')}; expected (pictures, 3072), uint8")
-            labels = {q: content.get(key, ()) for q, (key, _) in questions.items()}
-            if wrong := [key for q, (key, _) in questions.items() if len(labels[q]) != len(data)]: raise LayoutError(f"{folder / part}: {len(data)} pictures, and {wrong[0]} for another number of them")
-            if wrong := [(i, q) for q in questions for i, n in enumerate(labels[q]) if not 0 <= n < len(order[q])]:
-                raise LayoutError(f"{folder / part}: label {labels[wrong[0][1]][wrong[0][0]]} of picture {wrong[0][0]} is out of range; {meta} has {len(order[wrong[0][1]])} classes")
-            for i, values in enumerate(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)):
-                rows.append(Row(pixels(values), {q: order[q][labels[q][i]] for q in questions}, split, f"{part}, picture {i}"))
-    return gather(folder, rows, order)
+            told = {c: _labels(content, key, known[c], folder / part) for c, (key, _) in columns.items()}
+            for i, values in enumerate(content["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)):
+                rows.append(Row(pixels(values), told["class"][i], split, f"{part}, picture {i}", more={c: told[c][i] for c in columns if c != "class"}))
+    return gather(folder, rows, {"class": known["class"]})
+
+def _labels(content: dict, key: str, names: list[str], where: Path) -> list[str]:
+    "The labels of a batch as names; data that are no pictures, and labels that do not fit, are a `LayoutError`."
+    data, labels = content.get("data"), content.get(key, ())
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        raise LayoutError(f"{where}: data of {getattr(data, 'shape', type(data).__name__)}, {getattr(data, 'dtype', '')}; expected (pictures, 3072), uint8")
+    if len(labels) != len(data): raise LayoutError(f"{where}: {len(data)} pictures, and {len(labels)} {key}; expected one each")
+    if wrong := [i for i, n in enumerate(labels) if not 0 <= n < len(names)]: raise LayoutError(f"{where}: label {labels[wrong[0]]} of picture {wrong[0]} is out of range; the meta file has {len(names)} classes")
+    return [names[n] for n in labels]
 
 def cifar10(root: Path) -> Found:
     return _cifar(root, "cifar-10-batches-py", {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}, "batches.meta", {"class": ("labels", "label_names")})
@@ -70,7 +74,8 @@ def idx(file: Path) -> np.ndarray:
     except (OSError, EOFError) as error: raise LayoutError(f"{file} is not a whole gzip file ({error})") from error
     if len(data) < 4 or data[:3] != b"\0\0\x08": raise LayoutError(f"{file} does not start like an IDX file of bytes (00 00 08); found {data[:4].hex(' ') or 'nothing'}")
     shape = struct.unpack_from(f">{data[3]}I", data, 4) if len(data) >= 4 + 4 * data[3] else (-1,)
-    if len(data) - 4 - 4 * data[3] != np.prod(shape, dtype=np.int64): raise LayoutError(f"{file}: the header promises {' x '.join(map(str, shape))} values, {max(len(data) - 4 - 4 * data[3], 0)} follow")
+    if (n := len(data) - 4 - 4 * data[3]) != np.prod(shape, dtype=np.int64):
+        raise LayoutError(f"{file}: the header promises {' x '.join(map(str, shape))} values, {max(n, 0)} follow")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 def _digits(where: Path, pictures: np.ndarray, labels: np.ndarray, split: str) -> list[Row]:
@@ -81,7 +86,8 @@ def mnist(root: Path) -> Found:
     folder = next((root / b for b in ("MNIST/raw", "raw", "mnist") if (root / b).is_dir()), root)
     names = lambda stem, kind: [f"{stem}{dash}{kind}{gz}" for dash in ("-", ".") for gz in ("", ".gz")]
     read = lambda stem, what, kind: idx(need(folder, *names(f"{stem}-{what}", kind)))
-    return gather(folder, [row for split, stem in (("train", "train"), ("test", "t10k")) for row in _digits(folder, read(stem, "images", "idx3-ubyte"), read(stem, "labels", "idx1-ubyte"), split)])
+    parts = ((split, read(stem, "images", "idx3-ubyte"), read(stem, "labels", "idx1-ubyte")) for split, stem in (("train", "train"), ("test", "t10k")))
+    return gather(folder, [row for split, images, labels in parts for row in _digits(folder, images, labels, split)])
 
 # %% ../../nbs/data/07k_arrays.ipynb #9f1acdca
 def stl10(root: Path) -> Found:
@@ -90,7 +96,8 @@ def stl10(root: Path) -> Found:
     for split in ("train", "test"):
         values, labels = (np.fromfile(need(folder, f"{split}_{part}.bin"), np.uint8) for part in "Xy")
         if len(values) != len(labels) * 27648: raise LayoutError(f"{folder / f'{split}_X.bin'}: {len(values)} bytes for {len(labels)} labels; expected 27,648 a picture")
-        if (wrong := (labels < 1) | (labels > len(names))).any(): raise LayoutError(f"{folder / f'{split}_y.bin'}: label {labels[wrong][0]} of picture {int(wrong.argmax())}; expected 1 to {len(names)}")
+        if (wrong := (labels < 1) | (labels > len(names))).any():
+            raise LayoutError(f"{folder / f'{split}_y.bin'}: label {labels[wrong][0]} of picture {int(wrong.argmax())}; expected 1 to {len(names)}")
         rows += [Row(pixels(p), names[n - 1], split, f"{split} {i}") for i, (p, n) in enumerate(zip(values.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1), labels))]
     found = gather(folder, rows, {"class": names})
     if (folds := folder / "fold_indices.txt").exists():

@@ -38,7 +38,7 @@ def class_rows(
 def class_folders(
     root: Path,
     where: Mapping[str, Sequence[str]] | None = None,     # split -> the usual names of its folder; None: whatever split folders there are, else root itself is test
-    below: Sequence[str] = (),                            # usual names of a folder between root and all that; the first that exists
+    below: Sequence[str] = (),                            # usual names of a folder between root and all that
     key: Callable[[str], str] = str,
     order: Sequence[str] | None = None,
 ) -> Found:
@@ -52,7 +52,7 @@ def class_folders(
     flat = [p for p in ([] if parts else [root]) if _folders(p)]
     if not parts and not flat: raise LayoutError(f"{root}: expected class folders with pictures, or train/ and test/ with class folders; found {seen(root)}")
     rows = [row._replace(name=row.source.relative_to(root).as_posix()) for split, folder in (parts or {None: root}).items() for row in class_rows(folder, split, key)]
-    if not rows: raise LayoutError(f"{root}: class folders without a picture ({', '.join(sorted(SUFFIXES))}); found {seen(root)}, and in the first of them {seen(_folders(root)[0])}")
+    if not rows: raise LayoutError(f"{root}: class folders without a picture ({', '.join(sorted(SUFFIXES))}); found {seen(root)}, in the first {seen(_folders(root)[0])}")
     return gather(root, rows, {"class": order} if order else {})
 
 # %% ../../nbs/data/07i_folders.ipynb #2e848655
@@ -84,7 +84,8 @@ def dtd(root: Path, number: int = 1) -> Found:
 def birdsnap(root: Path) -> Found:
     "All class folders; `test_images.txt` says which pictures are tested, and the others train."
     folder, tested = need(root, "download/images", "images"), set(need(root, "test_images.txt").read_text("utf-8").split())
-    return gather(root, (r._replace(split="test" if r.source.relative_to(folder).as_posix() in tested else "train", name=r.source.relative_to(folder).as_posix()) for r in class_rows(folder, None)))
+    rows = (r._replace(name=r.source.relative_to(folder).as_posix()) for r in class_rows(folder, None))
+    return gather(root, (r._replace(split="test" if r.name in tested else "train") for r in rows))
 
 # %% ../../nbs/data/07i_folders.ipynb #db949fc8
 def _place(path: Path) -> str: return "/".join(path.parts[1:-1])
@@ -98,6 +99,8 @@ def sun(root: Path, number: int = 1) -> Found:
     return gather(root, rows, {"class": [line[3:] for line in order]})
 
 # %% ../../nbs/data/07i_folders.ipynb #2475ed56
+def _videos(file: Path) -> list[str]: return [Path(line.split()[0]).with_suffix("").as_posix() for line in file.read_text("utf-8").splitlines() if line.strip()]
+
 def ucf(root: Path) -> Found:
     "Frames in class folders; lists in ucfTrainTestlist/ give three splits, each a question of its own."
     lists = next((root / n for n in ("ucfTrainTestlist", "splits") if (root / n).is_dir()), None)
@@ -106,7 +109,7 @@ def ucf(root: Path) -> Found:
     found = gather(root, (r._replace(name=r.source.relative_to(folder).with_suffix("").as_posix()) for r in class_rows(folder, None)))
     place, labels = {name: i for i, name in enumerate(found.names)}, found.labels.pop("class")
     for n in (1, 2, 3):
-        named = {s: [Path(line.split()[0]).with_suffix("").as_posix() for line in need(lists, f"{f}list{n:02d}.txt").read_text("utf-8").splitlines() if line.strip()] for s, f in (("train", "train"), ("test", "test"))}
+        named = {s: _videos(need(lists, f"{s}list{n:02d}.txt")) for s in ("train", "test")}
         found.missing += [video for videos in named.values() for video in videos if video not in place and video not in found.missing]
         question = "class" if n == 1 else f"class, split {n}"
         found.labels[question] = labels
@@ -136,20 +139,26 @@ class Layout(NamedTuple):
 
 _VAL = {"train": ("train",), "test": ("val", "validation")}
 _THREE = {"train": ("train",), "validation": ("valid", "val"), "test": ("test",)}
+def _below(read: Callable[[Path], Found], *names: str) -> Callable[[Path], Found]:
+    return lambda root: read(next((root / n for n in names if (root / n).is_dir()), root))
+
 LAYOUTS: dict[str, Layout] = {
     "imagenet": Layout("val/n01440764/*.JPEG and perhaps train/n01440764/*.JPEG, or the class folders themselves", partial(class_folders, where=_VAL)),
-    "imagenetv2": Layout("0/*.jpeg to 999/*.jpeg", partial(class_folders, where={}, below=("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency"), key=wnid)),
+    "imagenetv2": Layout("0/*.jpeg to 999/*.jpeg",
+                         partial(class_folders, where={}, below=("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency"), key=wnid)),
     "imagenet-sketch": Layout("n01440764/*.JPEG, perhaps below sketch/", partial(class_folders, where={}, below=("sketch",))),
     "imagenet-a": Layout("n01498041/*.jpg, perhaps below imagenet-a/", partial(class_folders, where={}, below=("imagenet-a",))),
     "imagenet-r": Layout("n01443537/*.jpg, perhaps below imagenet-r/", partial(class_folders, where={}, below=("imagenet-r",))),
     "objectnet": Layout("images/air_freshener/*.png and mappings/ with its four files, perhaps below objectnet-1.0/", objectnet),
     "eurosat": Layout("AnnualCrop/*.jpg and nine more, perhaps below 2750/ or EuroSAT_RGB/", partial(class_folders, below=("2750", "EuroSAT_RGB"))),
     "resisc45": Layout("airplane/*.jpg and 44 more, perhaps below NWPU-RESISC45/", partial(class_folders, below=("NWPU-RESISC45",))),
-    "caltech101": Layout("101_ObjectCategories/accordion/*.jpg and 101 more with BACKGROUND_Google, perhaps below caltech101/", partial(class_folders, where={}, below=("101_ObjectCategories", "caltech101/101_ObjectCategories", "caltech-101/101_ObjectCategories"))),
-    "country211": Layout("train/AD/*.jpg, valid/AD/*.jpg and test/AD/*.jpg for 211 countries, perhaps below country211/", partial(class_folders, where=_THREE, below=("country211",))),
+    "caltech101": Layout("101_ObjectCategories/accordion/*.jpg and 101 more with BACKGROUND_Google, perhaps below caltech101/",
+                         partial(class_folders, where={}, below=("101_ObjectCategories", "caltech101/101_ObjectCategories", "caltech-101/101_ObjectCategories"))),
+    "country211": Layout("train/AD/*.jpg, valid/AD/*.jpg and test/AD/*.jpg for 211 countries, perhaps below country211/",
+                         partial(class_folders, where=_THREE, below=("country211",))),
     "sst2": Layout("train/positive/*.png, valid/ and test/ alike with negative/, perhaps below rendered-sst2/", partial(class_folders, where=_THREE, below=("rendered-sst2",))),
-    "food101": Layout("images/apple_pie/*.jpg with meta/train.txt and meta/test.txt, perhaps below food-101/", lambda root: food(next((root / b for b in ("food-101",) if (root / b).is_dir()), root))),
-    "dtd": Layout("images/banded/*.jpg with labels/train1.txt, labels/val1.txt and labels/test1.txt, perhaps below dtd/", lambda root: dtd(next((root / b for b in ("dtd",) if (root / b).is_dir()), root))),
+    "food101": Layout("images/apple_pie/*.jpg with meta/train.txt and meta/test.txt, perhaps below food-101/", _below(food, "food-101")),
+    "dtd": Layout("images/banded/*.jpg with labels/train1.txt, labels/val1.txt and labels/test1.txt, perhaps below dtd/", _below(dtd, "dtd")),
     "sun397": Layout("a/abbey/*.jpg and so on with ClassName.txt, or with Training_01.txt and Testing_01.txt, perhaps below SUN397/", sun),
     "birdsnap": Layout("download/images/Acadian_Flycatcher/*.jpg with test_images.txt", birdsnap),
     "ucf101": Layout("frames/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.jpg, one picture a video, with ucfTrainTestlist/trainlist01.txt and so on; or train/ and test/ with class folders", ucf),

@@ -94,6 +94,7 @@ class Found:
     templates: Sequence[str] | None = None                                           # that came with the files
     named: dict[str, Sequence[str]] = field(default_factory=dict)                    # question -> class names that came with the files, in `order`
 
+# %% ../../nbs/data/07h_found.ipynb #00443cdd
 def gather(
     root: Path,
     rows: Iterable[Row],
@@ -120,8 +121,9 @@ def gather(
     found.labels = {q: v for q, v in found.labels.items() if any(x is not None for x in v)}
     found.captions = [list(c or ()) for c in captions] if any(c is not None for c in captions) else None
     found.table = pd.DataFrame({"file": found.names} | {k: [m.get(k) for m in more] for k in dict.fromkeys(k for m in more for k in m)})
-    if not found.sources: raise LayoutError(f"{root}: none of {len(found.missing)} listed pictures is there, such as {found.missing[0]}" if found.missing else f"{root}: no pictures; found {seen(root)}")
-    return found
+    if found.sources: return found
+    if found.missing: raise LayoutError(f"{root}: none of {len(found.missing)} listed pictures is there, such as {found.missing[0]}")
+    raise LayoutError(f"{root}: no pictures; found {seen(root)}")
 
 # %% ../../nbs/data/07h_found.ipynb #943a6b84
 def draw_splits(
@@ -154,15 +156,25 @@ def _question(card: Card | None, question: str, found: Found) -> tuple[list[str]
     if unknown := sorted({k for t in told for k in ((t or ()) if several else (t,)) if k is not None} - set(keys)):
         raise LayoutError(f"class {unknown[0]!r} is used but not among the {len(keys)} classes of the set, such as {', '.join(keys[:3])}")
     by_registry = card and question == "class" and question not in found.named
-    try: names, place, how = classnames_for(card.name, keys) if by_registry else (list(found.named.get(question, keys)), {k: i for i, k in enumerate(keys)}, "the files' own words")
-    except ValueError as error: raise LayoutError(str(error)) from error
-    if len(names) != len(keys) and not by_registry: raise LayoutError(f"{len(names)} class names came with the files, and {len(keys)} classes")
+    names, place, how = list(found.named.get(question, keys)), {k: i for i, k in enumerate(keys)}, "the files' own words"
+    if by_registry:
+        try: names, place, how = classnames_for(card.name, keys)
+        except ValueError as error: raise LayoutError(str(error)) from error
+    elif len(names) != len(keys): raise LayoutError(f"{len(names)} class names came with the files, and {len(keys)} classes")
     if not several: return names, np.array([-1 if t is None else place[t] for t in told]), how
     labels = np.zeros((len(told), len(names)), bool)
     for i, t in enumerate(told): labels[i, [place[k] for k in t or ()]] = True
     return names, labels, how
 
 # %% ../../nbs/data/07h_found.ipynb #f8d876a9
+def _apart(name: str, splits: Mapping[str, Sequence[int]], found: Found) -> None:
+    "There is a test split, and nothing in it is trained on."
+    if "test" not in splits: raise LayoutError(f"{name} has no test pictures; the splits found are {', '.join(splits)}")
+    for where, parts in ((name, splits), *((f"{name}, {q}", p) for q, p in found.splits_of.items())):
+        for split in ("train", "validation"):
+            if twice := set(map(int, parts.get(split, ()))) & set(map(int, parts["test"])):
+                raise LayoutError(f"{where}: {len(twice)} pictures are in {split} and in test, such as {found.names[min(twice)]}; what is tested may not be trained on")
+
 def dress(
     card: Card | None,                             # None: a folder that no card knows; its own words, accuracy
     found: Found,
@@ -174,17 +186,15 @@ def dress(
     "The data set of what was found; a ValueError says what does not fit."
     name = name or card.name
     if found.missing and not allow_missing:
-        raise LayoutError(f"{name}: {len(found.missing)} of {len(found.missing) + len(found.names)} listed pictures are missing, such as {found.missing[0]}; fetch them, or leave them out with allow_missing=True")
+        raise LayoutError(f"{name}: {len(found.missing)} of {len(found.missing) + len(found.names)} listed pictures are missing, such as {found.missing[0]}; "
+                          "fetch them, or leave them out with allow_missing=True")
     everything, origin = np.arange(len(found.names)), "from the files"
     splits = {s: np.asarray(p) for s, p in found.splits.items()}
     if not splits:
         splits, origin = {"test": everything}, "the files have none: every picture is in test"
-        if seed is not None and card and len(card.sizes) > 1: splits, origin = draw_splits(everything, card.sizes, seed), f"the files have none: drawn in the paper's sizes with seed {seed}"
-    if "test" not in splits: raise LayoutError(f"{name} has no test pictures; the splits found are {', '.join(splits)}")
-    for where, parts in ((name, splits), *((f"{name}, {q}", p) for q, p in found.splits_of.items())):
-        for split in ("train", "validation"):
-            if twice := set(map(int, parts.get(split, ()))) & set(map(int, parts["test"])):
-                raise LayoutError(f"{where}: {len(twice)} pictures are in {split} and in test, such as {found.names[min(twice)]}; what is tested may not be trained on")
+        if seed is not None and card and len(card.sizes) > 1:
+            splits, origin = draw_splits(everything, card.sizes, seed), f"the files have none: drawn in the paper's sizes with seed {seed}"
+    _apart(name, splits, found)
     published = words(card.name) if card else None
     chosen = templates or found.templates or (published.templates if published else None)
     facts = dict(splits=origin, pictures=len(found.names), missing=len(found.missing))
@@ -201,9 +211,10 @@ def dress(
         parts = {f"class of {shift}": among(targets["class"], subset(shift)) for shift in ("imagenet-a", "imagenet-r")}
         targets |= {question: target for question, target in parts.items() if "test" in target.splits}
     if found.groups: facts["imagenet places"] = {k: list(v) for k, v in found.groups.items()}
-    table = found.table.assign(split=_which(found.splits, len(everything)))
+    table = found.table.assign(split=_which(splits, len(everything)))
     data = Labelled(name, StoredPictures(found.sources, found.names), table)
-    return EvalSet(name, data, targets, found.captions, shift_of=card.shift_of if card else None, facts=facts)
+    try: return EvalSet(name, data, targets, found.captions, shift_of=card.shift_of if card else None, facts=facts)
+    except ValueError as error: raise LayoutError(str(error)) from error
 
 def _which(splits: Mapping[str, Sequence[int]], n: int) -> list[str]:
     which = [""] * n

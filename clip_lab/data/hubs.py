@@ -57,7 +57,8 @@ def webdataset(root: Path) -> Found:
         for shard in _shards(folder):
             for key, files in grouped(ShardSource._entries(shard)):
                 where, picture = f"{split}/{shard.stem}/{key}", next((files[s] for s in PICTURES if s in files), None)
-                if picture is None or kind not in files: raise LayoutError(f"{where}: expected a picture ({', '.join(PICTURES)}) and .{kind}; found {', '.join('.' + s for s in files)}")
+                if picture is None or kind not in files:
+                    raise LayoutError(f"{where}: expected a picture ({', '.join(PICTURES)}) and .{kind}; found {', '.join('.' + s for s in files)}")
                 stored = Stored(shard, *files[kind])
                 told = stored.read().decode("utf-8").splitlines() if kind == "txt" else None
                 rows.append(Row(Stored(shard, *picture), None if kind == "txt" else _label(stored, len(names), kind, where), split, where, told))
@@ -87,6 +88,16 @@ def _class_names(feature) -> list[str] | None:
     inner = getattr(feature, "feature", feature)             # a list of labels has the label inside
     return list(inner.names) if getattr(inner, "names", None) else None
 
+def _key(value, names: list[str] | None, where: str):
+    if isinstance(value, (list, tuple)): return tuple(_key(v, names, where) for v in value)
+    if value is None or (names and value == -1): return None               # the hub's mark for a label that was kept back
+    if names is None: return str(value)
+    if isinstance(value, int) and not 0 <= value < len(names): raise LayoutError(f"{where}: label {value} is out of range; there are {len(names)} classes")
+    return names[value] if isinstance(value, int) else value
+
+def _captions(value) -> list[str]: return [value] if isinstance(value, str) else list(value or ())
+
+# %% ../../nbs/data/07l_hubs.ipynb #bc205e04
 def hub_table(
     splits,                          # a DatasetDict, {split: Dataset}, or one Dataset, which is tested
     card: Card | None = None,
@@ -100,9 +111,10 @@ def hub_table(
     rows, names = [], None
     for split, dataset in splits.items():
         pictures = _column(dataset, image, IMAGE_COLUMNS, "pictures")
-        if pictures is None: raise LayoutError(f"split {split}: no column of pictures; expected one of {', '.join(IMAGE_COLUMNS)}, found {', '.join(dataset.column_names)}")
         told, said = _column(dataset, label, LABEL_COLUMNS, "labels"), _column(dataset, caption, CAPTION_COLUMNS, "captions")
-        if told is None and said is None: raise LayoutError(f"split {split}: neither labels ({', '.join(LABEL_COLUMNS)}) nor captions ({', '.join(CAPTION_COLUMNS)}); found {', '.join(dataset.column_names)}")
+        if pictures is None: raise LayoutError(f"split {split}: no column of pictures ({', '.join(IMAGE_COLUMNS)}); found {', '.join(dataset.column_names)}")
+        if not (told or said):
+            raise LayoutError(f"split {split}: neither labels ({', '.join(LABEL_COLUMNS)}) nor captions ({', '.join(CAPTION_COLUMNS)}); found {', '.join(dataset.column_names)}")
         if getattr(dataset.features[pictures], "decode", False): dataset = dataset.cast_column(pictures, replace(dataset.features[pictures], decode=False))
         names = names or (_class_names(dataset.features[told]) if told else None)
         for i, cells in enumerate(dataset.select_columns([c for c in (told, said) if c])):
@@ -112,15 +124,6 @@ def hub_table(
         try: classnames_for(card.name, names)
         except ValueError: found.named["class"] = names
     return found
-
-def _key(value, names: list[str] | None, where: str):
-    if isinstance(value, (list, tuple)): return tuple(_key(v, names, where) for v in value)
-    if value is None or (names and value == -1): return None               # the hub's mark for a label that was kept back
-    if names is None: return str(value)
-    if isinstance(value, int) and not 0 <= value < len(names): raise LayoutError(f"{where}: label {value} is out of range; there are {len(names)} classes")
-    return names[value] if isinstance(value, int) else value
-
-def _captions(value) -> list[str]: return [value] if isinstance(value, str) else list(value or ())
 
 def saved(root: Path):
     "A Hugging Face data set on the disk: what `save_to_disk` wrote, or a folder of Parquet files as on the hub."
@@ -138,7 +141,8 @@ def fetch(
 ):
     "Download a set, because the caller said so: the folder of a webdataset, or the DatasetDict."
     if form == "webdataset":
-        if not card.wds: raise ValueError(f"{card.name} is not among clip-benchmark's webdatasets{f'; there is the Hugging Face data set {card.hf}' if card.hf else ''}: see {card.homepage}")
+        if not card.wds:
+            raise ValueError(f"{card.name} is not among clip-benchmark's webdatasets{f'; there is the Hugging Face data set {card.hf}' if card.hf else ''}: see {card.homepage}")
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(card.wds_repo, repo_type="dataset", local_dir=str(folder), allow_patterns=["*.txt", *(f"{s}/*" for s in splits)]))
     if form != "hf": raise ValueError(f"form {form!r}; expected webdataset or hf")

@@ -84,14 +84,18 @@ def open_set(
             found = hub_table(got, asked) if download == "hf" else webdataset(got)
         elif place is None:
             base = data_root(root)
-            raise LayoutError(f"{label} is not there: {f'no folder {asked.name}/ below {base} ({seen(base)})' if base else 'give its folder, or set CLIP_LAB_DATA to the folder that holds the data sets'}")
+            why = f"no folder {asked.name}/ below {base} ({seen(base)})" if base else "give its folder, or set CLIP_LAB_DATA to the folder that holds the data sets"
+            raise LayoutError(f"{label} is not there: {why}")
         else: found = _read(place, asked, form, label)
         return dress(asked, found, label, templates, seed, allow_missing)
-    except LayoutError as error: raise LayoutError(f"{error}. Expected of {label}: {expects(asked) if asked else 'class folders, or train/ and test/ with class folders; or a webdataset or a Hugging Face data set'}") from error
+    except LayoutError as error:
+        where = "" if place is None or str(place) in str(error) else f" (in {place})"
+        wanted = expects(asked) if asked else "class folders, or train/ and test/ with class folders; or a webdataset or a Hugging Face data set"
+        raise LayoutError(f"{error}{where}. Expected of {label}: {wanted}") from error
 
 # %% ../../nbs/data/07m_sets.ipynb #d39951a3
 def list_sets(root: str | Path | None = None) -> pd.DataFrame:
-    "A row per set of the registry: name, title, classes, test (pictures), metric, section, shift_of, names, templates, read (from its owners' files?), here (which form lies below the data root)."
+    "A row per set: name, title, classes, test (pictures), metric, section, shift_of, names, templates, read (from its owners' files?), here (its form below the root)."
     rows = []
     for c in cards().values():
         w, place = words(c.name), find_set(c.name, root)
@@ -134,6 +138,7 @@ def _sizes(asked: Card, found: dict[str, int]) -> list[dict]:
         lines.append(_line(f"{split} pictures", expected, n, "; ".join(told), (release,)))
     return lines
 
+# %% ../../nbs/data/07m_sets.ipynb #39c0a338
 def check_set(
     name: str | Path,
     folder: str | Path | None = None,
@@ -154,7 +159,7 @@ def check_set(
         shown = target.labels[target.splits["test"]]
         empty = len(target.classnames) - len(set(shown.tolist())) if not target.several else int((shown.sum(0) == 0).sum())
         lines.append(_line(f"classes of {question} without a test picture", 0, empty))
-    if not data.targets and asked: lines += _sizes(asked, {s: int((data.data.table.split == s).sum()) for s in ("train", "validation", "test") if (data.data.table.split == s).any()})
+    if not data.targets and asked: lines += _sizes(asked, data.data.table.split.value_counts().to_dict())
     if data.captions: lines.append(_line("pictures without a caption", 0, sum(not c for c in data.captions)))
     looked = range(len(data.data) if limit is None else min(limit, len(data.data)))
     for i in looked:

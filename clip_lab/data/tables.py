@@ -37,9 +37,11 @@ def table(file: Path, *columns: str, separator: str = ",") -> list[dict[str, str
             raise LayoutError(f"{file}: expected the columns {', '.join(columns)}; {', '.join(missing)} not among {', '.join(reader.fieldnames or ['none'])}")
         return list(reader)
 
+# %% ../../nbs/data/07j_tables.ipynb #86231757
 def aircraft(root: Path) -> Found:
     data = next((root / n for n in ("data", "fgvc-aircraft-2013b/data") if (root / n / "images").is_dir()), root)
-    rows = (Row(need(data, "images") / f"{name}.jpg", variant, split, name) for split, file in (("train", "train"), ("validation", "val"), ("test", "test"))
+    rows = (Row(need(data, "images") / f"{name}.jpg", variant, split, name)
+            for split, file in (("train", "train"), ("validation", "val"), ("test", "test"))
             for name, variant in lines(need(data, f"images_variant_{file}.txt"), 2, " ", at_most=True))
     return gather(data, rows, {"class": need(data, "variants.txt").read_text("utf-8").splitlines()})
 
@@ -53,9 +55,8 @@ def pets(root: Path) -> Found:
 def mat_arrays(file: Path, *names: str) -> list[np.ndarray]:
     "Arrays of a Matlab file, without dimensions of length one; a `LayoutError` names what is not there."
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
     try: content = loadmat(file, squeeze_me=True)
-    except (MatReadError, ValueError, NotImplementedError) as error: raise LayoutError(f"{file} is not a readable Matlab file ({error})") from error
+    except Exception as error: raise LayoutError(f"{file} is not a readable Matlab file ({error})") from error
     if missing := [n for n in names if n not in content]: raise LayoutError(f"{file}: expected {', '.join(names)}; found {', '.join(n for n in content if not n.startswith('__'))}")
     return [np.atleast_1d(content[n]) for n in names]
 
@@ -127,7 +128,8 @@ def fer(root: Path) -> Found:
     for i, row in enumerate(table(root / "fer2013.csv", "emotion", "pixels", "Usage")):
         values = np.array(row["pixels"].split(), np.uint8)
         if len(values) != 48 * 48 or not row["emotion"].isdigit() or int(row["emotion"]) >= len(EMOTIONS) or row["Usage"] not in USAGE:
-            raise LayoutError(f"{root / 'fer2013.csv'}, picture {i}: emotion {row['emotion']!r}, {len(values)} pixels, usage {row['Usage']!r}; expected 0 to 6, 2304, {' or '.join(USAGE)}")
+            raise LayoutError(f"{root / 'fer2013.csv'}, picture {i}: emotion {row['emotion']!r}, {len(values)} pixels, usage {row['Usage']!r}; "
+                              f"expected 0 to 6, 2304, {' or '.join(USAGE)}")
         rows.append(Row(pixels(values.reshape(48, 48)), EMOTIONS[int(row["emotion"])], USAGE[row["Usage"]], f"picture {i}"))
     return gather(root, rows)
 
@@ -165,8 +167,9 @@ def celeba(root: Path) -> Found:
         parts = dict(c[:2] for c in lines(need(root, "list_eval_partition.txt", "Eval/list_eval_partition.txt"), 2))
     splits = {"0": "train", "1": "validation", "2": "test"}
     if lost := [name for name in marks if parts.get(name) not in splits]: raise LayoutError(f"{root}: {len(lost)} pictures are in no split, such as {lost[0]}")
-    return gather(root, (Row(folder / name, {"gender": "male" if m["Male"] == "1" else "female"}, splits[parts[name]], name, more={k: v == "1" for k, v in m.items()}) for name, m in marks.items()),
-                  {"gender": ("female", "male")})
+    rows = (Row(folder / name, {"gender": "male" if m["Male"] == "1" else "female"}, splits[parts[name]], name, more={k: v == "1" for k, v in m.items()})
+            for name, m in marks.items())
+    return gather(root, rows, {"gender": ("female", "male")})
 
 # %% ../../nbs/data/07j_tables.ipynb #2c28969e
 def _karpathy(root: Path, file: Path, folders: tuple[str, ...]) -> Iterator[Row]:
