@@ -1,14 +1,13 @@
-"Effective robustness against closed forms, statsmodels and redrawn rows; mappings against brute force; the message of every bad input."
+"Effective robustness against closed forms, statsmodels and redrawn rows; the message of every bad input."
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 import statsmodels.api as sm
-from hypothesis import given, settings, strategies as st
 from scipy.special import expit, logit
 
-from clip_lab.evals.robustness import (BASELINES, Baseline, alpha_robustness, compare_mappings, effective_robustness, few_shot_curve, fit_baseline,
-                                       pool_classes, relative_robustness, robustness, subset_accuracy, to_logit)
+from clip_lab.evals.robustness import (BASELINES, Baseline, alpha_robustness, effective_robustness, few_shot_curve, fit_baseline, relative_robustness,
+                                       robustness, to_logit)
 
 FLAT = Baseline("identity", 1.0, 0.0, 1.0)     # expects the accuracy it is given
 
@@ -109,31 +108,6 @@ def test_relative_robustness_by_sign_flips():
         assert e.value == pytest.approx(gaps.mean()) and (not e.low <= 0 <= e.high) == (p < 0.05) == differs
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 10_000), st.integers(3, 8), st.integers(1, 30))
-def test_subset_and_pooling_by_brute_force(seed, classes, n):
-    rng = np.random.default_rng(seed)
-    scores, labels = rng.standard_normal((n, classes)), rng.integers(classes, size=n)
-    subset = rng.permutation(classes)[:rng.integers(2, classes + 1)].tolist()
-    labels[0] = subset[0]
-    kept = [i for i in range(n) if labels[i] in subset]
-    right = sum(max(subset, key=lambda c: scores[i, c]) == labels[i] for i in kept)
-    e = subset_accuracy(scores, labels, subset)
-    assert (e.value, e.n) == (right / len(kept), len(kept))
-    group_of = rng.integers(0, 2, classes)
-    group_of[:2] = 0, 1
-    groups = [np.flatnonzero(group_of == g) for g in (0, 1)]
-    assert pool_classes(scores, groups).argmax(1).tolist() == [group_of[row.argmax()] for row in scores]   # the best fine class decides
-
-
-def test_comparing_mappings():
-    labels = np.array([0, 1, 0, 1, 0, 1])
-    perfect = np.eye(2)[labels]
-    table, test = compare_mappings(1 - perfect, perfect, labels)
-    assert table.estimate.tolist() == [0, 1] and table.n.tolist() == [6, 6] and test.p == pytest.approx(2 / 2 ** 6)
-    assert test.detail == {"only_first": 0, "only_second": 6}
-
-
 def test_few_shot_curve_is_a_t_interval():
     rng = np.random.default_rng(0)
     results = pd.DataFrame({"shots": np.repeat([1, 4, 16], [5, 5, 1]), "acc_id": rng.uniform(0.4, 0.6, 11), "acc_ood": rng.uniform(0.3, 0.5, 11)})
@@ -173,7 +147,6 @@ def test_alpha_robustness_reads_what_the_sweep_writes():
 
 
 SWEEP = pd.DataFrame({"alpha": [0, 0, 1, 1], "task": ["id", "s"] * 2, "value": [0.5, 0.4, 0.6, 0.5], "n": 10})
-X = np.zeros((3, 4))
 
 @pytest.mark.parametrize("call, message", [
     (lambda: to_logit(76.2), "accuracy 76.2 is no share"),
@@ -191,17 +164,6 @@ X = np.zeros((3, 4))
     (lambda: robustness([1, 0], [1, 0, 0], FLAT, paired=True), "2 answers against 3"),
     (lambda: robustness([0.5, 1], [1, 0], FLAT), r"right \(1\) or wrong \(0\)"),
     (lambda: relative_robustness([1, 0], [1, 0, 0]), r"lengths \[3, 2\]"),
-    (lambda: subset_accuracy(X, [0, 1, 4], [0, 1]), "label 4 of picture 2 is no class; expected 0 to 3"),
-    (lambda: subset_accuracy(X, [0, 1], [0, 1]), r"labels have shape \(2,\)"),
-    (lambda: subset_accuracy(np.full((3, 4), np.nan), [0, 1, 2], [0, 1]), "scores of picture 0 are not finite"),
-    (lambda: subset_accuracy(X, [0, 1, 2], []), "the subset is empty"),
-    (lambda: subset_accuracy(X, [0, 1, 2], [0, 7]), "the subset has class 7; expected 0 to 3"),
-    (lambda: subset_accuracy(X, [0, 1, 2], [1, 1]), "the subset names a class twice"),
-    (lambda: subset_accuracy(X, [0, 1, 2], [1]), "one class would always be right"),
-    (lambda: subset_accuracy(X, [0, 0, 0], [1, 2]), "no picture belongs to the 2 classes"),
-    (lambda: pool_classes(X, []), "the mapping as a whole is empty"),
-    (lambda: pool_classes(X, [[0], []]), "group 1 is empty"),
-    (lambda: pool_classes(X, [[0, 1], [1]]), "the mapping as a whole names a class twice"),
     (lambda: few_shot_curve(pd.DataFrame({"shots": [], "acc_id": [], "acc_ood": []}), FLAT), "no rows"),
     (lambda: alpha_robustness(SWEEP.drop(columns="n"), "id", {"s": FLAT}), "no column n"),
     (lambda: alpha_robustness(pd.concat([SWEEP, SWEEP]), "id", {"s": FLAT}), "two rows for alpha 0, task 'id'"),
