@@ -54,7 +54,7 @@ def _done(ax: Axes, sentence: str, title: str | None) -> Axes:
     left = _left(ax)
     if key is not None: key.set_bbox_to_anchor((left / wide, 1), ax.transAxes); key.set_in_layout(True)
     above = 0 if key is None else key.get_window_extent().height * 72 / ax.figure.dpi + 1
-    if title: ax.set_title(textwrap.fill(title, max(18, int((wide - left) * 9.5))), parse_math=False, pad=6 + above).set_x(left / wide)
+    if title: ax.set_title(textwrap.fill(title, max(18, int((wide - left) * 9.5))), parse_math=False, color=INK, pad=6 + above).set_x(left / wide)
     if ax.own_height: ax.figure.set_figheight(ax.figure.get_figheight() + ax.own_height - _inches(ax)[1])
     return ax
 
@@ -88,7 +88,7 @@ def _rows(ax: Axes, names: Sequence, width: float, marks: Sequence | None = None
     "Rows 0, 1, ... from the top, each with its name, wrapped to about a third of the figure."
     names = [str(n) if m is None or pd.isna(m) or not m else f"{n} {m}" for n, m in zip(names, marks if marks is not None else [None] * len(names))]
     lines = ["\n".join(_wrapped(n, width)) for n in names]
-    ax.set_yticks(range(len(names)), lines, parse_math=False, fontsize=8 if len(names) <= 25 else 7, linespacing=0.9)
+    ax.set_yticks(range(len(names)), lines, parse_math=False, fontsize=8 if len(names) <= 25 else 7, linespacing=1)
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.spines["left"].set_visible(False)
@@ -96,7 +96,7 @@ def _rows(ax: Axes, names: Sequence, width: float, marks: Sequence | None = None
 def _height(names: Sequence, width: float, each: float = 0.27) -> float:
     "Inches for so many rows, whose names may need more than one line."
     longest = max(len(_wrapped(n, width)) for n in names)
-    return len(names) * max(each if len(names) <= 25 else 0.75 * each, 0.14 * longest)
+    return len(names) * max(each if len(names) <= 25 else 0.75 * each, 0.155 * longest)
 
 def _room(ax: Axes, left: float, right: float) -> None:
     "Widen the horizontal axis by inches at both ends, on its own scale; no ticks where only text stands."
@@ -187,7 +187,7 @@ def shown(figure: Figure | Axes, dpi: float = 100):
     from IPython.display import Image as Shown      # there wherever a notebook is
     figure = figure.figure if isinstance(figure, Axes) else figure
     figure.savefig(file := BytesIO(), format="png", dpi=dpi)
-    Image.open(file).convert("RGB").quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small := BytesIO(), "PNG", optimize=True)    # flat colours: a third of the bytes
+    Image.open(file).convert("RGB").quantize(255, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small := BytesIO(), "PNG", optimize=True)    # flat colours: a third of the bytes
     return Shown(data=small.getvalue(), alt=_sentences(figure))
 
 def _sentences(figure: Figure) -> str: return " ".join(ax.alt_text for ax in figure.axes if hasattr(ax, "alt_text"))
