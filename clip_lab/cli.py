@@ -230,7 +230,7 @@ def card(
     if write: write_card(table, measured, write)
 
 # %% ../nbs/70_cli.ipynb #702d6269
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pairs of pictures and captions: look before you train.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pairs to train on and sets to evaluate on: what there is, and whether it is whole.")
 app.add_typer(data_app, name="data")
 
 def check_text(report) -> str:
@@ -243,7 +243,8 @@ def check_text(report) -> str:
 
 @data_app.command("check")
 def data_check(
-    location: Annotated[str, typer.Argument(help="A CSV, TSV, JSONL or Parquet file, a folder, webdataset shards ('shards/{000..099}.tar', a URL, 'pipe:…'), or a data set on disk.")],
+    location: Annotated[str, typer.Argument(help="Pairs: a CSV, TSV, JSONL or Parquet file, a folder, webdataset shards ('shards/{000..099}.tar', a URL, 'pipe:…'), or a data set on disk. Or the name of a set from `clip-lab data list`.")],
+    folder: Annotated[Optional[Path], typer.Option(help="Where that set lies; default: below CLIP_LAB_DATA.", file_okay=False)] = None,
     kind: Annotated[str, typer.Option(help="csv, jsonl, parquet, folder, shards, stream or hf; auto looks.")] = "auto",
     image: Annotated[Optional[str], typer.Option(metavar="COLUMN", help="Column of the pictures.")] = None,
     caption: Annotated[Optional[str], typer.Option(metavar="COLUMN", help="Column of the captions.")] = None,
@@ -253,7 +254,9 @@ def data_check(
     max_bad: Annotated[float, typer.Option(help="Share of unusable pairs at which a run stops.")] = 0.01,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ):
-    "Report missing and corrupt files, empty and over-long captions, and duplicates; exit 1 where a run would stop."
+    "Report missing and corrupt files, empty and over-long captions, and duplicates, or what a set has and should have; exit 1 where a run would stop or the set differs."
+    from clip_lab.data.registry import cards
+    if location in cards() and not Path(location).exists(): return _check_set(location, folder, limit)
     from clip_lab.data.check import check
     from clip_lab.data.readers import open_pairs
     report = check(open_pairs(location, kind, image, caption), context_length=context_length, limit=limit, workers=workers, progress=sys.stderr.isatty())
@@ -263,6 +266,14 @@ def data_check(
     if not report.ok(max_bad):
         _say(f"a run over these pairs would stop: more than {max_bad:.1%} of them cannot be used, or a shard cannot be read")
         raise typer.Exit(1)
+
+def _check_set(name: str, folder: Path | None, limit: int | None):
+    "What a set has beside what the registry expects."
+    from clip_lab.data.sets import check_set
+    report = check_set(name, folder, limit=limit)
+    print(f"{report.name}: {'as expected' if report.ok else 'differs from what was expected'}\n{columns_text(report.table.astype(str))}")
+    for picture, why in report.examples: print(f"  {picture}: {why}")
+    if not report.ok: raise typer.Exit(1)
 
 @data_app.command("curate")
 def data_curate(

@@ -8,13 +8,10 @@ from importlib import resources
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
 from clip_lab.data import emoji, made, offline
-from clip_lab.evals import embedded
 
 HERE = [name for name in offline.SETS if name != "stamps"]
 
@@ -146,26 +143,6 @@ def test_no_picture_is_in_training_and_test(sets):
     for name in ("digits", "rendered-words", "rendered-sentiment", "counting"):
         s = sets[name]
         assert len(set(s.data.pictures.sources)) == len(s.data), name
-
-
-# ------------------------------------------------------------------ emoji
-def test_questions_give_the_rows_of_the_card(sets):
-    "The same rows as `embedded.style_rows`, for one style with random features and texts, which hit everywhere a label could be wrong."
-    s, rng = sets["emoji-fluent"], torch.Generator().manual_seed(0)
-    features = F.normalize(torch.randn(len(s.data), 16, generator=rng), dim=-1)
-    memory = {}
-    def texts(names, templates):
-        for name in names:
-            if name not in memory: memory[name] = F.normalize(torch.randn(16, generator=rng), dim=0)
-        return torch.stack([memory[name] for name in names])
-    expected = pd.DataFrame(embedded.style_rows("fluent", features, emoji.load("fluent").table, texts, ["{}"]))
-    again = []
-    for question in ("caption", "thing", "group"):
-        t = s.target(question)
-        _, ranks = embedded.ranks_of_truth(features, texts(t.classnames, ["{}"]), t.labels)
-        again += [dict(data="fluent", role=s.role, task=question) | r for r in embedded.rows(ranks, t.labels, len(t.classnames), t.subsets)]
-    pd.testing.assert_frame_equal(pd.DataFrame(again), expected)
-    assert list(s.targets)[:3] == ["caption", "thing", "group"] and s.target("caption").templates is None
 
 
 def test_flags_and_tones_by_name(sets):
