@@ -29,9 +29,10 @@ data: .venv/.stamp-dev  ## rebuild the shipped pictures from the studios' packag
 	$(PIP) -e '.[build]'
 	$(BIN)/python tools/build_data.py --work build/data
 
-bench: .venv/.stamp-dev  ## speed and memory beside open_clip: bench/results/, shown in nbs/train/16_bench.ipynb
+bench: .venv/.stamp-dev  ## speed and memory beside the peers: bench/results/, shown in nbs/train/16_bench.ipynb and nbs/evals/30_bench.ipynb
 	$(BIN)/python bench/train_step.py bench/results/train_step.json
 	$(BIN)/python bench/loss_memory.py bench/results/loss_memory.json --memory 8
+	$(BIN)/python bench/evals.py bench/results/evals.json
 
 clean:
 	rm -rf .venv

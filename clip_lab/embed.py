@@ -207,6 +207,17 @@ def embed_images_together(
     if errors and rank == 0: warnings.warn("{} of {} pictures could not be read; the first is picture {} ({}): {}".format(len(errors), len(pictures), *errors[0]), stacklevel=2)
     return ImageEmbeddings(F.normalize(features, dim=-1) if normalize else features, ok, errors)
 
+# %% ../nbs/09_embed.ipynb #ed9e64fb
+def _batches(order: Sequence[int], lengths: Sequence[int], size: int, few: int = 16):
+    "Pieces of `order`, at most `size` long, that end where the length changes unless they would be shorter than `few`."
+    batch = []
+    for i in order:
+        if batch and (len(batch) >= size or (len(batch) >= few and lengths[i] != lengths[batch[-1]])):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch: yield batch
+
 # %% ../nbs/09_embed.ipynb #02bb05fc
 def embed_texts(
     model: CLIP,                                  # in eval mode
@@ -218,7 +229,7 @@ def embed_texts(
     cache: EmbeddingCache | None = None,
     autocast: torch.dtype | None = None,          # torch.bfloat16, where the device has it
 ) -> Tensor:                                      # (n, embed_dim) float32 on the CPU
-    "Embed texts, each distinct one once, in batches of similar length without padding."
+    "Embed texts, each distinct one once, in batches of similar length with hardly any padding."
     if isinstance(texts, str): raise ValueError(f"expected a sequence of texts, got one string {texts!r:.60}; wrap it in a list")
     context = _ready(model, autocast)
     if not len(texts): return torch.empty(0, model.config.embed_dim)
@@ -234,8 +245,7 @@ def embed_texts(
     lengths = (rows == model.tokenizer.eot).int().argmax(1) + 1
     order = [i for i in lengths.argsort(descending=True).tolist() if items[i] not in known]  # the longest first: memory runs out at once or never
     with torch.no_grad(), context, _bar(len(order), "texts", progress) as bar:
-        for start in range(0, len(order), batch_size):
-            index = order[start:start + batch_size]
+        for index in _batches(order, lengths.tolist(), batch_size):
             batch = rows[index, :int(lengths[index[0]])]
             features[index] = _finite(model.encode_text(batch.to(model.device)), "texts")
             if cache: cache.put(scope, [items[i] for i in index], features[index])

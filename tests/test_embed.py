@@ -1,6 +1,7 @@
 """Embeddings equal the plain computation, failures are reported, and the cache survives being killed."""
 from dataclasses import replace
 import io
+import itertools
 import os
 import signal
 import subprocess
@@ -126,6 +127,15 @@ def test_equal_texts_are_embedded_once_and_short_ones_cost_little(monkeypatch, t
     seen.clear()
     close(embed_texts(MODEL, ["a a a a", "b"], cache=cache), first.flip(0))
     assert seen == [] and cache.count() == 2
+
+
+@torch.no_grad()
+def test_a_batch_ends_where_the_length_changes_unless_it_is_small(monkeypatch):
+    texts = [" ".join(rest) for n, length in ((20, 5), (20, 4), (3, 3), (16, 2)) for rest in list(itertools.product("abcd", repeat=length))[:n]]
+    expected, seen, encode = MODEL.encode_text(MODEL.tokenize(texts), normalize=True), [], MODEL.encode_text
+    monkeypatch.setattr(MODEL, "encode_text", lambda tokens: seen.append(tuple(tokens.shape)) or encode(tokens))
+    close(embed_texts(MODEL, texts), expected)
+    assert sorted(seen, reverse=True) == [(20, 7), (20, 6), (19, 5)]      # three are too few for a batch of their own
 
 
 def test_no_texts(): assert embed_texts(MODEL, []).shape == (0, 16)
