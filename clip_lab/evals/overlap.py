@@ -186,6 +186,7 @@ class OverlapReport:
             rows.append({"what": "share that overlaps", "value": share.value, "low": share.low, "high": share.high, "n": n})
         return pd.DataFrame(rows)
 
+# %% ../../nbs/evals/29c_overlap.ipynb #91afb3a4
 def overlap_report(
     a, b=None,                                     # as for `find_duplicates`: A is searched for the pictures of B
     threshold: float = THRESHOLD,                  # of the detector's cosine; look at the pairs around it

@@ -6,7 +6,7 @@
 __all__ = ['pair_figure', 'threshold_figure', 'threshold_gallery']
 
 # %% ../../nbs/ui/63_gallery.ipynb #ce3315d9
-from collections.abc import Sequence
+from io import BytesIO
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -38,6 +38,7 @@ def pair_figure(
     a, b=None,                           # the two sets, as they were searched
     columns: int = 6,
     size: float = 1.35,                  # inches a pair is wide
+    dpi: int = 55,
 ) -> Figure:
     "Rows of pairs under their titles; no pair at all is a ValueError."
     if not any(map(len, groups.values())): raise ValueError("pair_figure: there is no pair to draw; lower the floor of the search")
@@ -45,7 +46,7 @@ def pair_figure(
     right = left if b is None else open_pictures(b)
     rows = {title: max(1, -(-len(pairs) // columns)) for title, pairs in groups.items()}
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(columns * size, sum(0.32 + 0.85 * n for n in rows.values())), layout="constrained")
+        figure = Figure(figsize=(columns * size, sum(0.32 + 0.85 * n for n in rows.values())), dpi=dpi, layout="constrained")
         parts = figure.subfigures(len(groups), 1, height_ratios=[0.32 + 0.85 * n for n in rows.values()], squeeze=False)[:, 0]
         for part, (title, pairs), colour in zip(parts, groups.items(), [OKABE_ITO["blue"], OKABE_ITO["vermillion"], INK] * len(groups)):
             part.suptitle(title, x=0.01, ha="left", fontsize=9.5, weight="bold", color=colour)
@@ -76,16 +77,15 @@ def threshold_gallery(
     "A slider over thresholds, with the pairs that are just above and just below (extra: notebooks)."
     try: import ipywidgets as widgets
     except ImportError as e: raise ImportError("the slider needs ipywidgets: pip install 'clip_lab[notebooks]'; `threshold_figure` draws without") from e
-    from IPython.display import display
     slider = widgets.FloatSlider(threshold, min=found.measured["floor"], max=1.0, step=0.01, description="threshold", continuous_update=False, readout_format=".2f")
-    out = widgets.Output()
+    image, words = widgets.Image(format="png"), widgets.Label()
 
     def draw(change=None):
-        with out:
-            out.clear_output(wait=True)
-            try: display(threshold_figure(found, slider.value, a, b, n))
-            except ValueError as error: print(error)
+        image.value, words.value = b"", ""
+        try: threshold_figure(found, slider.value, a, b, n).savefig(file := BytesIO(), format="png")
+        except ValueError as error: words.value = str(error)
+        else: image.value = file.getvalue()
 
     slider.observe(draw, "value")
     draw()
-    return widgets.VBox([slider, out])
+    return widgets.VBox([slider, image, words])
