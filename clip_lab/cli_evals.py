@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['results_app', 'open_sets', 'bundle_text', 'evaluate', 'results_list', 'results_show', 'results_compare', 'data_list',
-           'data_show', 'pd_table']
+           'data_show', 'pd_table', 'overlap']
 
 # %% ../nbs/71_cli_evals.ipynb #9cc7a97a
 import json
@@ -21,7 +21,9 @@ from .cli import _device, _say, app, columns_text, data_app
 # %% ../nbs/71_cli_evals.ipynb #727373cc
 def open_sets(names: list[str], root: Path | None = None, download: str | None = None) -> list:
     "The `EvalSet`s behind names, `name=folder` and paths, in that order; a ValueError or OSError says what was expected."
+    from difflib import get_close_matches
     from clip_lab.data import offline
+    from clip_lab.data.registry import card, cards
     from clip_lab.data.sets import open_set
     emoji = [name for name in offline.SETS if name.startswith("emoji-")]
     asked = [one for text in names for one in text.split(",") if one]
@@ -32,6 +34,12 @@ def open_sets(names: list[str], root: Path | None = None, download: str | None =
         elif one in offline.SETS: found.append(offline.load(one))
         else:
             name, _, folder = one.partition("=")
+            try: card(name)
+            except ValueError:
+                if not Path(name).exists():
+                    near = get_close_matches(name, [*offline.SETS, *cards()], cutoff=0.4)
+                    hint = f"; do you mean {', '.join(near)}?" if near else ";"
+                    raise ValueError(f"no data set {name!r}{hint} `clip-lab data list` names all; a folder of class folders is named by its path") from None
             found.append(open_set(name, folder or None, root, download=download))
     return found
 
@@ -44,7 +52,8 @@ def bundle_text(bundle) -> str:
     "One bundle as a heading, what was measured, and its estimates."
     a, rows = bundle.asked, bundle.rows
     words = [f"weights {a['weights_hash'][:12]}", f"transform {a['transform'][:12]}", f"pictures {a['data_hash'][:12]}"]
-    if a.get("classnames"): words += [f"{len(a['classnames']):,} classes", f"{len(a['templates'])} template{'s' * (len(a['templates']) != 1)}"]
+    if a.get("classnames"): words.append(f"{len(a['classnames']):,} classes")
+    if a.get("templates"): words.append(f"{len(a['templates'])} template{'s' * (len(a['templates']) != 1)}")
     table = rows.assign(estimate=[f"{_number(m, e)} [{_number(m, l)}, {_number(m, h)}]" for m, e, l, h in zip(rows.metric, rows.estimate, rows.low, rows.high)],
                         n=[f"{n:,}" for n in rows.n], chance=[_number(m, c) for m, c in zip(rows.metric, rows.chance)])
     head = f"{a['data']} · {a['target']} · {a['task']}   {bundle.id}\n  {', '.join(words)}, {a['level']:.0%} intervals, seed {a['seed']}"
@@ -171,3 +180,51 @@ def pd_table(facts: dict):
     "Facts as a DataFrame of two columns of text."
     import pandas as pd
     return pd.DataFrame({"what": list(facts), "value": [str(v) for v in facts.values()]})
+
+# %% ../nbs/71_cli_evals.ipynb #aa356f57
+def _pictures(name: str):
+    "The pictures of a set that is always there, or the path of some."
+    from clip_lab.data import offline
+    return offline.load(name).data if name in offline.SETS else Path(name)
+
+def _answers(file: Path | None) -> dict:
+    "right and labels from a table with picture, label and rank; a ValueError names what is missing."
+    if file is None: return {}
+    import pandas as pd
+    table = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+    if missing := [c for c in ("picture", "label", "rank") if c not in table]: raise ValueError(f"{file} has no column {', '.join(missing)}; expected the answers that `clip-lab eval` stores: picture, label, answer, rank")
+    table = table.sort_values("picture")
+    if table.picture.tolist() != list(range(len(table))): raise ValueError(f"{file} has answers to {len(table)} pictures up to number {table.picture.max()}; expected one for every picture of B")
+    return dict(right=(table["rank"] == 1).to_numpy(), labels=table.label.to_numpy())
+
+@app.command()
+def overlap(
+    first: Annotated[str, typer.Argument(metavar="A", help="Pictures to look in, such as a training set: a folder, shards, a table, or a set that is always there.")],
+    second: Annotated[Optional[str], typer.Argument(metavar="[B]", help="Pictures to look for, such as a test set; without it A is searched in itself.")] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Cosine of the detector from which a pair counts as copies.")] = 0.9,
+    hash_distance: Annotated[Optional[int], typer.Option(min=0, help="Also count pairs whose perceptual hashes differ in at most so many bits.")] = None,
+    hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Search by perceptual hash as well.")] = True,
+    answers: Annotated[Optional[Path], typer.Option(help="Answers to the pictures of B: the .parquet of a result, or a CSV with picture, label, rank.", exists=True, dir_okay=False)] = None,
+    pairs: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write the candidate pairs there, as CSV.", dir_okay=False)] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures ahead.")] = 0,
+):
+    "Find the pictures that two collections share, and what they do to an accuracy (paper, Section 5)."
+    from clip_lab.evals.overlap import overlap_report
+    r = overlap_report(_pictures(first), None if second is None else _pictures(second), threshold, hash_distance, name=second or first, hashes=hashes, workers=workers, **_answers(answers))
+    for row in r.summary().itertuples():
+        print(f"{row.what:<24} " + (f"{row.value:.2%} [{row.low:.2%}, {row.high:.2%}] of {int(row.n):,}" if row.what == "share that overlaps" else f"{row.value:,.4g}" if row.what == "threshold" else f"{int(row.value):,}"))
+    print("\nthe pairs nearest to the threshold:\n" + columns_text(_nearest(r).astype(str)) if len(r.found.pairs) else "\nno candidate pair at all")
+    if pairs is not None:
+        r.found.pairs.to_csv(pairs, index=False)
+        print(f"\n{len(r.found.pairs):,} candidate pairs are in {pairs}")
+    if r.analysis is not None:
+        print("\n" + columns_text(r.analysis.table().round(4).astype(str)))
+        for told in (*r.analysis.warnings, *r.analysis.notes): print(f"  {told}")
+
+def _nearest(report, n: int = 4):
+    "The pairs just above and just below the threshold."
+    found = report.found.pairs
+    above, below = found[found.similarity >= report.threshold].tail(n), found[found.similarity < report.threshold].head(n)
+    table = above.assign(side="above"), below.assign(side="below")
+    import pandas as pd
+    return pd.concat(table).assign(similarity=lambda t: t.similarity.round(3))[["side", "similarity", "hash_distance", "a_name", "b_name"]]

@@ -88,7 +88,8 @@ def asked_of(
     asked = dict(task=task, **facts, data=data.name, data_hash=data.data.data_hash, target=question or "captions", classnames=[], level=level, seed=seed)
     if question is None: return asked | dict(captions_hash=_hash(json.dumps([list(c) for c in data.captions])))
     t = data.target(question)
-    asked |= dict(target_hash=target_hash(t), classnames=list(t.classnames), templates=[as_text(x) for x in (templates_for(facts["model"]) if t.templates is None else t.templates)])
+    asked |= dict(target_hash=target_hash(t), classnames=list(t.classnames))
+    if task != "probe": asked |= dict(templates=[as_text(x) for x in (templates_for(facts["model"]) if t.templates is None else t.templates)])
     if source is not None: asked |= dict(shift_of=source.name, shift_of_hash=source.data.data_hash, shift_of_target=target_hash(source.target(question)))
     return asked
 

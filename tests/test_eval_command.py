@@ -1,0 +1,63 @@
+"""`clip-lab eval` as a user starts it, on one process and on two, against the model card that an earlier program wrote."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from clip_lab.data import stamps
+from clip_lab.evals.embedded import read_card
+from clip_lab.evals.results import Results
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments, processes=1) -> subprocess.CompletedProcess:
+    start = ["-m", "clip_lab"] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "clip_lab"]
+    return subprocess.run([sys.executable, *start, *map(str, arguments)], capture_output=True, text=True, timeout=590, env=ENV)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_processes_print_the_model_card_to_the_last_digit_and_one_finds_it_again(tmp_path):
+    try: stamps.load(); data = "emoji,stamps"
+    except FileNotFoundError: data = "emoji"
+    done = command("eval", "--data", data, "--tasks", "zeroshot", "--results", tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    card, measured = read_card()
+    if data == "emoji": card = card[card.data != "stamps"]
+    table = Results(tmp_path).table()
+    table["data"] = table.data.str.removeprefix("emoji-")
+    keys, numbers = ["data", "target", "subset", "metric"], ["estimate", "low", "high", "n", "chance", "classes"]
+    both = card.rename(columns={"task": "target"}).merge(table, on=keys, suffixes=("_card", ""))
+    assert len(both) == len(card) > 70
+    for name in numbers: pd.testing.assert_series_equal(both[name], both[f"{name}_card"], check_names=False, check_exact=True, check_dtype=False)
+    asked = [b.asked for b in Results(tmp_path)]
+    assert {a["weights_hash"] for a in asked} == {measured["weights_hash"]}
+    assert {a["data"].removeprefix("emoji-"): a["data_hash"] for a in asked if a["data"] != "stamps"} == {k: v for k, v in measured["data_hash"].items() if k != "stamps"}
+    again = command("eval", "--data", data, "--tasks", "zeroshot", "--results", tmp_path, "--json")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert {b["id"] for b in json.loads(again.stdout)} == set(Results(tmp_path).names())
+
+
+@pytest.mark.slow
+def test_twice_in_a_row_and_on_one_process_the_same_digits(tmp_path):
+    for name, processes in (("first", 1), ("second", 1), ("two", 2)):
+        done = command("eval", "--data", "digits", "--tasks", "zeroshot,probe", "--results", tmp_path / name, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    first, second, two = (Results(tmp_path / n).table() for n in ("first", "second", "two"))
+    pd.testing.assert_frame_equal(first, second, check_exact=True)
+    pd.testing.assert_frame_equal(first, two, check_exact=True)
+
+
+def test_what_cannot_be_done_is_said_and_the_rest_is_answered(tmp_path):
+    done = command("eval", "--data", "photographs", "--tasks", "zeroshot,probe,retrieval", "--results", tmp_path)
+    assert done.returncode == 0 and done.stdout.count("photographs · ") == 3, done.stderr[-2000:]
+    for arguments, told in ((("--data", "photos"), "photographs"), (("--data", "digits", "--tasks", "zero-shot"), "expected some of zeroshot"), (("--data", "cifar10=/nowhere"), "/nowhere")):
+        done = command("eval", *arguments, "--results", tmp_path)
+        assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+    done = command("results", "show", "zzz", "--results", tmp_path)
+    assert done.returncode == 1 and "no bundle 'zzz' among 3" in done.stderr
