@@ -59,7 +59,7 @@ def stepper(side: str, name: str, device: str, amp):
     config = CONFIGS[name]
     settings = dict(lr=1e-5, betas=(0.9, 0.98), eps=1e-6)
     if side == "clip_lab":
-        from clip_lab.train.loop import Towers
+        from clip_lab.train.setup import Towers
         from clip_lab.train.objectives import contrastive_loss
         from clip_lab.train.optim import clamp_logit_scale, parameter_groups
         clip = build(name, device=device, seed=0).train()

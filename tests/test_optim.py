@@ -192,7 +192,8 @@ weights = torch.cat([p.detach().float().flatten() for p in clip.parameters()])
 both = [torch.empty_like(weights) for _ in range(2)]
 dist.all_gather(both, weights)
 assert torch.equal(*both) and weights.isfinite().all() and not torch.equal(weights, torch.cat([p.detach().flatten() for p in tiny(TINY_RESNET).parameters()]))
-print("alike", dist.get_world_size())
+print(f"alike {dist.get_world_size()}\\n", end="")      # one write: two processes share the line
+dist.barrier()      # a process that leaves while another still talks to it may abort at its end
 dist.destroy_process_group()
 '''
 

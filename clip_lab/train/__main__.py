@@ -14,6 +14,7 @@ import sys
 from typing import Literal
 
 import numpy as np
+import torch.distributed as dist
 from tqdm import tqdm
 import tyro
 
@@ -113,6 +114,7 @@ def main(args: Sequence[str]) -> int:
     except (ValueError, OSError, FloatingPointError, BadDataError) as error:
         print(f"clip_lab.train: {error}", file=sys.stderr)
         return 1
+    if dist.is_initialized(): dist.destroy_process_group()      # left to the interpreter's end, its threads may abort a run that is done
     if first: print(f"weights: {weights}")
     return 0
 

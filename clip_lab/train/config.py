@@ -97,11 +97,13 @@ def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple]:
     "Settings that change the result and differ: name -> (in a, in b)."
     return {f.name: (x, y) for f in fields(a) if f.name not in FREE and (x := getattr(a, f.name)) != (y := getattr(b, f.name))}
 
-def check_same_run(path: Path, config: TrainConfig, processes: int) -> None:
-    "Raises ValueError when the `config.yaml` at `path` is of a run with other settings or another number of processes."
-    was = yaml.safe_load(Path(path).read_text())["run"]["processes"]
-    if was != processes: raise ValueError(f"{path} is of a run with {was} processes, this one has {processes}; data positions and random states belong to processes. "
-                                          f"Start with {was}, or begin a new run from its weights with --init")
+def check_same_run(path: Path, config: TrainConfig, processes: int, sharded: bool = False) -> None:
+    "Raises ValueError when the `config.yaml` at `path` is of a run with other settings, another number of processes, or weights that were sharded there and not here."
+    was = yaml.safe_load(Path(path).read_text())["run"]
+    if was["processes"] != processes: raise ValueError(f"{path} is of a run with {was['processes']} processes, this one has {processes}; data positions and random states belong to processes. "
+                                                       f"Start with {was['processes']}, or begin a new run from its weights with --init")
+    if was.get("sharded", False) != sharded: raise ValueError(f"{path} is of a run with {'whole' if sharded else 'sharded'} weights, this one has them {'sharded' if sharded else 'whole'}; "
+                                                              "launch it as it was, or begin a new run from its weights with --init")
     if changed := differences(read_config(path), config):
         told = ", ".join(f"{k} {a!r} -> {b!r}" for k, (a, b) in changed.items())
         raise ValueError(f"{path} is of a run with other settings ({told}); continue with the same ones, or start in another --output")

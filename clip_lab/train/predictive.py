@@ -60,8 +60,12 @@ def vocabulary(
     return Vocabulary(tuple(kept))
 
 # %% ../../nbs/train/10c_predictive.ipynb #60396cc8
-def _rows(vocab: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
-    "Known words of every caption of a batch; a ValueError if no caption has any."
+def _check(features: Tensor, texts: Sequence[str]) -> None:
+    if len(features) != len(texts): raise ValueError(f"{len(features)} pictures but {len(texts)} captions; a loss needs pairs")
+
+def _rows(vocab: Vocabulary, features: Tensor, texts: Sequence[str]) -> list[list[int]]:
+    "Known words of every caption of a batch; a ValueError if there is not one caption for each picture, or if no caption has any."
+    _check(features, texts)
     rows = [vocab.ids(t) for t in texts]
     if not any(rows): raise ValueError(f"none of the {len(rows)} captions has a word of the vocabulary, beginning with {texts[0]!r}: build it from these captions")
     return rows
@@ -74,9 +78,6 @@ def _prompts(vocab: Vocabulary | None, classnames: Sequence[str], templates: str
     if unknown: raise ValueError(f"the vocabulary of {len(vocab)} knows no word of {len(unknown)} class names: {unknown[:5]}; "
                                  "rename them, leave them out, or build it with a lower min_count")
     return [[t.replace("{}", c) for t in templates] for c in classnames]
-
-def _check(features: Tensor, texts: Sequence[str]) -> None:
-    if len(features) != len(texts): raise ValueError(f"{len(features)} pictures but {len(texts)} captions; a loss needs pairs")
 
 # %% ../../nbs/train/10c_predictive.ipynb #d5c3e78a
 class BagOfWords(nn.Module):
@@ -98,9 +99,8 @@ class BagOfWords(nn.Module):
         texts: Sequence[str],      # n captions; one without a known word adds nothing
     ) -> Tensor:                   # scalar: mean over captions of the mean over their words, nats
         "Cross-entropy between the caption's words and the predicted ones."
-        _check(image_features, texts)
-        logp = F.log_softmax(self.words(image_features).float(), dim=-1)
-        return -(self._targets(_rows(self.vocab, texts), logp.device) * logp).sum(1).mean()
+        rows, logp = _rows(self.vocab, image_features, texts), F.log_softmax(self.words(image_features).float(), dim=-1)
+        return -(self._targets(rows, logp.device) * logp).sum(1).mean()
 
     @torch.no_grad()
     def class_scores(self, image_features: Tensor, classnames: Sequence[str], templates: str | Sequence[str] = "{}") -> Tensor:
@@ -136,8 +136,7 @@ class BagOfWordsContrastive(nn.Module):
         text_mask: Tensor | None = None,
     ) -> Tensor:                   # scalar
         "The symmetric loss of the paper's Figure 3, exact on any number of processes."
-        _check(image_features, texts)
-        _rows(self.vocab, texts)
+        _rows(self.vocab, image_features, texts)      # for what it refuses
         return contrastive_loss(F.normalize(image_features, dim=-1), self.encode_text(texts), self.logit_scale, image_mask, text_mask)
 
     @torch.no_grad()
@@ -193,8 +192,7 @@ class NGrams(nn.Module):
         texts: Sequence[str],      # n captions; one without a known word adds nothing
     ) -> Tensor:                   # scalar: mean over captions of the mean over their words, nats
         "Negative log-likelihood of each known word after the ones before it."
-        _check(image_features, texts)
-        _rows(self.vocab, texts)
+        _rows(self.vocab, image_features, texts)      # for what it refuses
         terms = [self._terms(t) for t in texts]
         picture = torch.tensor([i for i, t in enumerate(terms) for _ in t], device=image_features.device)
         share = torch.tensor([1 / len(t) for t in terms for _ in t], device=image_features.device)
