@@ -1,7 +1,9 @@
 """The package as a whole: what it imports, how fast it answers, what it ships, and that settings agree."""
 
+import ast
 import configparser
 import json
+import re
 import subprocess
 import sys
 import time
@@ -77,3 +79,32 @@ def test_settings_for_nbdev_2_and_3_agree():
     for key in ("lib_path", "nbs_path", "doc_path", "branch", "readme_nb", "tst_flags", "title"):
         assert project["tool"]["nbdev"][key] == ini["DEFAULT"][key], key
     assert ini["DEFAULT"]["version"] == clip_lab.__version__
+
+
+def _rooms() -> dict[str, tuple]:
+    "Module -> its place in the reading order, from the number of its notebook."
+    found = {}
+    for file in (ROOT / "nbs").rglob("[0-9]*.ipynb"):
+        if ".ipynb_checkpoints" in file.parts: continue
+        source = "".join(json.loads(file.read_text())["cells"][0]["source"])
+        room = re.match(r"#\|\s*default_exp\s+(\S+)", source)
+        number = re.match(r"(\d+)([a-z]*)_", file.name)
+        if room: found[f"clip_lab.{room[1]}"] = (int(number[1]), number[2])
+    return found
+
+
+def test_imports_follow_the_reading_order():
+    "A room imports only rooms that are read before it; the doors of the house may lead anywhere."
+    order, doors, wrong, edges = _rooms(), {"clip_lab.cli", "clip_lab.cli_evals", "clip_lab.__main__", "clip_lab.train.__main__"}, [], 0
+    assert len(order) > 60
+    for name, place in order.items():
+        if name in doors: continue
+        parts = name.split(".")
+        for node in ast.walk(ast.parse((ROOT / Path(*parts).with_suffix(".py")).read_text())):
+            if not (isinstance(node, ast.ImportFrom) and node.level): continue
+            base = parts[:-node.level] + (node.module.split(".") if node.module else [])
+            for room in {".".join(base)} | {".".join([*base, a.name]) for a in node.names}:
+                edges += room in order
+                if room in order and order[room] >= place: wrong.append(f"{name} {place} imports {room} {order[room]}")
+    assert not wrong, "\n".join(wrong)
+    assert edges > 150                 # the rule looked at something
