@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PORT ?= 7860
 
-.PHONY: demo test sync card weights data bench clean
+.PHONY: demo test sync card weights detector data bench clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.stamp-apps  ## classify shipped pictures, print the measured accuracy, open the app (APP=0: no app)
@@ -24,6 +24,10 @@ card: .venv/.stamp-apps  ## measure the model card's table again
 
 weights: .venv/.stamp-dev  ## train the shipped weights again (under two hours on two cores)
 	$(BIN)/torchrun --standalone --nproc_per_node 2 -m clip_lab.train --cpu --output runs/emoji --resume auto
+
+detector: .venv/.stamp-dev  ## train the shipped near-duplicate detector again (a quarter of an hour on one core)
+	mkdir -p runs/detector
+	$(BIN)/python -c "from clip_lab.evals.detector import train_shipped; train_shipped('runs/detector')"
 
 data: .venv/.stamp-dev  ## rebuild the shipped pictures from the studios' packages
 	$(PIP) -e '.[build]'

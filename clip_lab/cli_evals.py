@@ -40,7 +40,7 @@ def open_sets(names: list[str], root: Path | None = None, download: str | None =
                     near = get_close_matches(name, [*offline.SETS, *cards()], cutoff=0.4)
                     hint = f"; do you mean {', '.join(near)}?" if near else ";"
                     raise ValueError(f"no data set {name!r}{hint} `clip-lab data list` names all; a folder of class folders is named by its path") from None
-            found.append(open_set(name, folder or None, root, download=download))
+            found.append(open_set(name, Path(folder).expanduser() if folder else None, root, download=download))
     return found
 
 # %% ../nbs/71_cli_evals.ipynb #0af4efed
