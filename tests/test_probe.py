@@ -246,7 +246,7 @@ def broken():
     (lambda: fit((X, Y), NAMES, 0.0), "lambda must be positive"),
     (lambda: fit((X, Y), NAMES, 1.0, anchor=np.zeros((3, 5))), r"anchor has shape \(3, 5\); expected \(3, 6\)"),
     (lambda: fit((X, Y), NAMES, 1.0, anchor=np.full((3, 6), np.inf)), "anchor: its values are not all finite"),
-    (lambda: sweep((X, Y), (X[Y > 0], Y[Y > 0]), NAMES), "validation split: no example of cat"),
+    (lambda: sweep((X, Y), (X, Y + 1), NAMES), "validation split: label 3 in row"),
     (lambda: sweep((X, Y), (X[:, :4], Y), NAMES), "validation split: features have width 4"),
     (lambda: linear_probe((X, Y), (X[:, :4], Y), NAMES), "test split: features have width 4"),
     (lambda: linear_probe((X, Y), (broken(), Y), NAMES), "test split: 1 rows are not finite"),
@@ -265,3 +265,11 @@ def broken():
 ])
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message): call()
+
+
+def test_a_validation_split_may_lack_a_class_and_the_result_says_so():
+    some = Y > 0
+    tried = sweep((X, Y), (X[some], Y[some]), NAMES)
+    assert (tried.n == some.sum()).all()
+    assert linear_probe((X, Y), (X, Y), NAMES, (X[some], Y[some])).measured["classes_without_validation"] == 1
+    assert linear_probe((X, Y), (X, Y), NAMES).measured["classes_without_validation"] == 0

@@ -185,7 +185,7 @@ def sweep(
 ) -> pd.DataFrame:              # a row per lambda visited, in that order: index, lambda, k, n, estimate, low, high, iterations, converged, chosen
     "The paper's search for lambda: accuracy on the validation split at each place of LAMBDAS that it visits."
     x, y = _examples(train, classnames, "training split")
-    xv, yv = _examples(validation, classnames, "validation split")
+    xv, yv = _examples(validation, classnames, "validation split", every_class=False)
     if x.shape[1] != xv.shape[1]: raise ValueError(f"validation split: features have width {xv.shape[1]}, those of the training split {x.shape[1]}; they must come from the same model")
     anchor, rows = _anchor(anchor, len(classnames), x.shape[1]), []
     def score(i: int) -> int:
@@ -253,12 +253,13 @@ def linear_probe(
     if validation is None:
         fitted, held = cut_validation(whole[1], seed=seed)
         train, validation = tuple(a[fitted] for a in whole), tuple(a[held] for a in whole)
-    else: whole = tuple(np.concatenate(pair) for pair in zip(whole, _examples(validation, classnames, "validation split")))
+    else: whole = tuple(np.concatenate(pair) for pair in zip(whole, _examples(validation, classnames, "validation split", every_class=False)))
     tried = sweep(train, validation, classnames, level, max_iter, tol, anchor, device)
     probe = fit(whole, classnames, float(tried["lambda"][tried.chosen].item()), max_iter, tol, anchor, device)
     if not probe.converged: warnings.warn(f"the final fit (lambda {probe.lam:.3g}) did not converge in {probe.iterations} iterations; scale the features or raise max_iter", stacklevel=2)
     per_class = _per_class(probe.predict(truth[0]), truth[1], classnames, level)
     facts = {"task": "linear probe", "classnames": list(classnames), "n_train": len(whole[1]), "n_validation": len(validation[1]), "n_test": len(truth[1]),
+             "classes_without_validation": len(classnames) - len(np.unique(validation[1])),
              "grid": "logspace(-6, 6, 97), spans 16, 8, 4, 2, 1", "lambda": probe.lam, "C": 1 / probe.lam, "max_iter": max_iter, "tol": tol,
              "solver": "scikit-learn" if anchor is None and device is None else "torch", "anchored": anchor is not None, "level": level, "seed": seed}
     return ProbeResult(proportion(int(per_class.k.sum()), len(truth[1]), level), mean_per_class(per_class.k, per_class.n, level, seed=seed),

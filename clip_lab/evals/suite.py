@@ -151,6 +151,7 @@ def linear_probe(asked: dict, texts: TextWeights, f: SetFeatures, data: EvalSet,
     answers, ranks = (x.numpy() for x in ranks_in(scores, torch.from_numpy(part["test"][1])))
     table = pd.DataFrame(dict(picture=read["test"], label=part["test"][1], answer=answers, rank=ranks))
     notes = sum(notes, ()) + (() if result.probe.converged else ("the final fit did not converge",))
+    if lacking := result.measured["classes_without_validation"]: notes += (f"the validation split has no picture of {lacking} of {len(target.classnames)} classes; lambda was chosen on the others",)
     return Bundle(asked, score_rows(scores, read["test"], target, ranks, level, seed), table, result.to_dict(), notes)
 
 # %% ../../nbs/evals/32_suite.ipynb #2e9d6654
