@@ -67,6 +67,13 @@ def _group(device: str) -> None:
     except ImportError: raise ValueError("several processes need accelerate; pip install 'clip_lab[train]'") from None
     PartialState(cpu=device == "cpu")
 
+def _leave() -> None:
+    "Wait for the other processes and take the group down; left to the interpreter's end, its threads may abort a run that is done."
+    import torch
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
 @app.command("eval")
 def evaluate(
     data: Annotated[list[str], typer.Option("--data", "-d", help="Data sets, separated by commas: names from `clip-lab data list`, name=folder, or a folder of class folders. 'emoji' is its five styles.")],
@@ -104,6 +111,7 @@ def evaluate(
             elif as_json: printed.append(found.to_dict())
             else: print(bundle_text(found) + "\n", flush=True)
     if as_json: print(json.dumps(printed, ensure_ascii=False, indent=1))
+    _leave()
     if failed: raise typer.Exit(1)
 
 # %% ../nbs/71_cli_evals.ipynb #b8cc0820

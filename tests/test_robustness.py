@@ -57,7 +57,8 @@ def test_ends_move_by_half_a_picture():
 
 
 def test_printed_lines():
-    assert len(BASELINES) == 7 and all(b.source.endswith("[C]") and b.lines is None and b.n is None for b in BASELINES.values())
+    assert len(BASELINES) == 7 and all("[C]" in b.source and b.lines is None and b.n is None for b in BASELINES.values())
+    assert {k for k, b in BASELINES.items() if "contradicts" in b.source} == {"imagenet-vid-pm0", "youtube-bb-pm0"}
     b = BASELINES["imagenet-a"]
     odds = np.exp(-7.632) * (0.9 / 0.1) ** 1.990                     # the same line without logits
     assert effective_robustness([0.9], [0.5], b) == pytest.approx([0.5 - odds / (1 + odds)])

@@ -89,7 +89,7 @@ def _need(table: pd.DataFrame, columns: Sequence[str]):
 
 # %% ../../nbs/evals/27_robustness.ipynb #e3e4d02d
 _TESTBED = "fit on the standard models of imagenet-testbed, robustness_top1s.csv [C]"
-BASELINES: dict[str, Baseline] = {key: Baseline(shift, slope, intercept, r2, source=_TESTBED) for key, shift, slope, intercept, r2 in (
+BASELINES: dict[str, Baseline] = {key: Baseline(shift, slope, intercept, r2, source=_TESTBED + ("; contradicts the paper's Table 16" if "-pm0" in key else "")) for key, shift, slope, intercept, r2 in (
     ("imagenetv2", "ImageNetV2 (format-val)", 0.923, -0.498, 0.996),
     ("imagenet-sketch", "ImageNet Sketch", 1.071, -2.370, 0.869),
     ("imagenet-r", "ImageNet-R | classes", 0.637, -2.108, 0.889),

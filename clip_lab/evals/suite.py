@@ -206,7 +206,8 @@ def shift_rows(asked: dict, texts: TextWeights, f: SetFeatures, data: EvalSet, q
     for name, line in lines.items():
         rows.append(_row(name, "effective robustness", robustness(*right, line, level=level, seed=seed)))
         details[name] = dict(slope=line.slope, intercept=line.intercept, r2=line.r2, models=line.n, source=line.source, extrapolated=bool(line.extrapolates(right[0].mean())))
-    return Bundle(asked, pd.DataFrame(rows), details=details, notes=_read(f, here.splits["test"])[1] + tuple(f"the {name} is extrapolated: no standard model is that accurate" for name in lines if details[name]["extrapolated"]))
+    return Bundle(asked, pd.DataFrame(rows), details=details, notes=_read(f, here.splits["test"])[1] + tuple(f"the {name}: {line.source}" for name, line in lines.items() if line.source != "fitted here")
+                  + tuple(f"the {name} is extrapolated: no standard model is that accurate" for name in lines if details[name]["extrapolated"]))
 
 # %% ../../nbs/evals/32_suite.ipynb #a9aef892
 TASKS = {"zeroshot": zeroshot, "probe": linear_probe, "retrieval": captions_found, "robustness": shift_rows}
