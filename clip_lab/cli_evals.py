@@ -7,6 +7,7 @@ __all__ = ['results_app', 'open_sets', 'bundle_text', 'evaluate', 'results_list'
            'data_show', 'pd_table', 'overlap']
 
 # %% ../nbs/71_cli_evals.ipynb #9cc7a97a
+from datetime import timedelta
 import json
 import os
 from pathlib import Path
@@ -65,7 +66,7 @@ def _group(device: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2: return
     try: from accelerate import PartialState
     except ImportError: raise ValueError("several processes need accelerate; pip install 'clip_lab[train]'") from None
-    PartialState(cpu=device == "cpu")
+    PartialState(cpu=device == "cpu", timeout=timedelta(days=7))      # the others wait while the first one fits its probes
 
 def _leave() -> None:
     "Wait for the other processes and take the group down; left to the interpreter's end, its threads may abort a run that is done."
