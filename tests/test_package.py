@@ -108,3 +108,9 @@ def test_imports_follow_the_reading_order():
                 if room in order and order[room] >= place: wrong.append(f"{name} {place} imports {room} {order[room]}")
     assert not wrong, "\n".join(wrong)
     assert edges > 150                 # the rule looked at something
+
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / "README.md").read_text())
+    assert len(links) > 10
+    assert not [link for link in links if not (ROOT / link).exists()]
