@@ -68,12 +68,12 @@ def _group(device: str) -> None:
     except ImportError: raise ValueError("several processes need accelerate; pip install 'clip_lab[train]'") from None
     PartialState(cpu=device == "cpu", timeout=timedelta(days=7))      # the others wait while the first one fits its probes
 
-def _leave() -> None:
-    "Wait for the other processes and take the group down; left to the interpreter's end, its threads may abort a run that is done."
+def _leave(code: int) -> None:
+    "Of several processes: wait for the others and end at once; at the interpreter's usual end a thread of torch that still wants it may abort a run that is done."
     import torch
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    sys.stdout.flush(), sys.stderr.flush(), os._exit(code)
 
 @app.command("eval")
 def evaluate(
@@ -112,7 +112,7 @@ def evaluate(
             elif as_json: printed.append(found.to_dict())
             else: print(bundle_text(found) + "\n", flush=True)
     if as_json: print(json.dumps(printed, ensure_ascii=False, indent=1))
-    _leave()
+    _leave(int(failed))
     if failed: raise typer.Exit(1)
 
 # %% ../nbs/71_cli_evals.ipynb #b8cc0820

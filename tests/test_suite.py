@@ -41,7 +41,10 @@ def some(style, shift_of=None):
 model, preprocess = clip_lab.load()
 for bundle in run(model, preprocess, [some("noto"), some("twemoji", "noto")], ["zeroshot", "probe", "retrieval", "robustness"], Results(sys.argv[1]), batch_size=48):
     print(bundle.id, bundle.asked["task"], flush=True)
-if torch.distributed.is_initialized(): print("world", torch.distributed.get_world_size())
+if torch.distributed.is_initialized():
+    print(f"world {torch.distributed.get_world_size()}\\n", end="", flush=True)
+    torch.distributed.barrier()
+    __import__("os")._exit(0)      # not through the interpreter's end, where a thread of torch that still wants it may abort
 """
 
 

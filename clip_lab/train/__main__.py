@@ -14,7 +14,6 @@ import sys
 from typing import Literal
 
 import numpy as np
-import torch.distributed as dist
 from tqdm import tqdm
 import tyro
 
@@ -114,10 +113,13 @@ def main(args: Sequence[str]) -> int:
     except (ValueError, OSError, FloatingPointError, BadDataError) as error:
         print(f"clip_lab.train: {error}", file=sys.stderr)
         return 1
-    if dist.is_initialized(): dist.destroy_process_group()      # left to the interpreter's end, its threads may abort a run that is done
     if first: print(f"weights: {weights}")
     return 0
 
 # %% ../../nbs/train/14_main.ipynb #aa8a9316
 # A notebook has no __file__: there, nothing is launched.
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__" and "__file__" in globals():
+    code = main(sys.argv[1:])
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:      # a thread of torch that still wants the interpreter may abort its end, and with it a run that is done
+        sys.stdout.flush(), sys.stderr.flush(), os._exit(code)
+    sys.exit(code)
