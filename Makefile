@@ -37,6 +37,7 @@ bench: .venv/.stamp-dev  ## speed and memory beside the peers: bench/results/, s
 	$(BIN)/python bench/train_step.py bench/results/train_step.json
 	$(BIN)/python bench/loss_memory.py bench/results/loss_memory.json --memory 8
 	$(BIN)/python bench/evals.py bench/results/evals.json
+	$(BIN)/python bench/audits.py bench/results/audits.json
 
 clean:
 	rm -rf .venv
