@@ -165,10 +165,12 @@ def data_list(root: _ROOT = None, as_csv: Annotated[bool, typer.Option("--csv", 
     table = list_sets(root)
     if as_csv: return print(table.to_csv(index=False), end="")
     print("Always there:\n" + columns_text(offline.catalogue()[["name", "title", "default", "needs"]].astype(str)))
-    words = {c: [("" if x != x or x is None else f"{x:,}" if c in ("classes", "test") and str(x) != "<NA>" else str(x).replace("<NA>", "")) for x in table[c]] for c in ("name", "title", "classes", "test", "metric", "shift_of", "templates", "here")}
+    import pandas as pd
+    words = {c: ["" if pd.isna(x) else f"{x:,}" if c in ("classes", "test") else str(x) for x in table[c]] for c in ("name", "title", "classes", "test", "metric", "shift_of", "templates", "here")}
     print("\nThe paper's, from a folder of yours:\n" + columns_text(table.assign(**words)[list(words)]))
 
 def _short(value, most: int = 6) -> str:
+    if isinstance(value, dict): return ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in value.items())
     if not isinstance(value, (list, tuple)): return str(value)
     return ", ".join(map(str, value[:most])) + (f", … ({len(value):,} in all)" if len(value) > most else "")
 

@@ -61,3 +61,26 @@ def test_what_cannot_be_done_is_said_and_the_rest_is_answered(tmp_path):
         assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
     done = command("results", "show", "zzz", "--results", tmp_path)
     assert done.returncode == 1 and "no bundle 'zzz' among 3" in done.stderr
+
+
+def test_what_there_is_and_what_is_known_of_it(tmp_path):
+    listed = command("data", "list")
+    assert listed.returncode == 0, listed.stderr
+    assert all(name in listed.stdout for name in ("digits", "cifar10", "imagenet-r", "fairface", "voc2007"))
+    assert len(command("data", "list", "--csv").stdout.splitlines()) == 44
+    for name, told in (("cifar10", "train 50,000, test 10,000"), ("digits", "train 776, validation 139, test 882"), ("voc2007", "11-point mAP")):
+        shown = command("data", "show", name)
+        assert shown.returncode == 0 and told in shown.stdout, shown.stdout + shown.stderr
+    assert len(json.loads(command("data", "show", "imagenet", "--json").stdout)["classnames"]) == 1000
+    nowhere = command("data", "check", "cifar10", "--folder", tmp_path)
+    assert nowhere.returncode == 1 and "cifar-10-batches-py" in nowhere.stderr and "Traceback" not in nowhere.stderr
+
+
+def test_two_results_side_by_side(tmp_path):
+    assert command("eval", "--data", "photographs", "--results", tmp_path).returncode == 0
+    names = Results(tmp_path).names()
+    same = command("results", "compare", names[0], names[0], "--results", tmp_path)
+    assert same.returncode == 0 and "paired" in same.stdout, same.stderr
+    other = command("results", "compare", *names[:2], "--results", tmp_path)
+    assert other.returncode == 1 and "different classnames" in other.stderr
+    assert command("results", "list", "--results", tmp_path, "--csv").stdout.startswith("id,model,data,target,task,")
