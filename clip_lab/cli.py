@@ -241,6 +241,15 @@ def check_text(report) -> str:
     if not report.percentiles.empty: lines += ["", columns_text(report.percentiles.pivot(index="measure", columns="percentile", values="value").round(0).astype(int).astype(str).rename(columns=lambda q: f"{q} %").reset_index())]
     return "\n".join(lines)
 
+# %% ../nbs/70_cli.ipynb #2ba794c6
+def _check_set(name: str, folder: Path | None, limit: int | None):
+    "What a set has beside what the registry expects."
+    from clip_lab.data.sets import check_set
+    report = check_set(name, folder, limit=limit)
+    print(f"{report.name}: {'as expected' if report.ok else 'differs from what was expected'}\n{columns_text(report.table.astype(str))}")
+    for picture, why in report.examples: print(f"  {picture}: {why}")
+    if not report.ok: raise typer.Exit(1)
+
 @data_app.command("check")
 def data_check(
     location: Annotated[str, typer.Argument(help="Pairs: a CSV, TSV, JSONL or Parquet file, a folder, webdataset shards ('shards/{000..099}.tar', a URL, 'pipe:…'), or a data set on disk. Or the name of a set from `clip-lab data list`.")],
@@ -267,14 +276,7 @@ def data_check(
         _say(f"a run over these pairs would stop: more than {max_bad:.1%} of them cannot be used, or a shard cannot be read")
         raise typer.Exit(1)
 
-def _check_set(name: str, folder: Path | None, limit: int | None):
-    "What a set has beside what the registry expects."
-    from clip_lab.data.sets import check_set
-    report = check_set(name, folder, limit=limit)
-    print(f"{report.name}: {'as expected' if report.ok else 'differs from what was expected'}\n{columns_text(report.table.astype(str))}")
-    for picture, why in report.examples: print(f"  {picture}: {why}")
-    if not report.ok: raise typer.Exit(1)
-
+# %% ../nbs/70_cli.ipynb #e5e24c53
 @data_app.command("curate")
 def data_curate(
     shards: Annotated[list[Path], typer.Argument(help="Webdataset tars or Parquet files.", exists=True, dir_okay=False)],
@@ -291,6 +293,7 @@ def data_curate(
     print(f"{found.pairs_out:,} of {found.pairs_in:,} pairs kept in {out / 'shards'}; left out: {', '.join(f'{reason} {n:,}' for reason, n in found.skipped.items() if n) or 'none'}")
     print(columns_text(found.queries.nlargest(10, "before")[["query", "before", "chosen", "after"]].astype(str)))
 
+# %% ../nbs/70_cli.ipynb #52808bd7
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="The output folder of a training run.", exists=True, file_okay=False)]):
     "Write report.html into a training run's folder: settings, curves, last values."
