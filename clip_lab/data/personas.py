@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEED', 'VERSION', 'MOST', 'FIGURES', 'HATS', 'GLASSES', 'COLOURS', 'BADGES', 'TRAITS', 'SYLLABLES', 'personas']
 
-# %% ../../nbs/data/07q_personas.ipynb #9077518b
+# %% ../../nbs/data/07q_personas.ipynb #a734ef24
 import io
 from functools import lru_cache
 from itertools import product
@@ -17,14 +17,14 @@ from PIL import Image, ImageDraw
 from . import emoji
 from .labelled import Labelled, Pictures
 
-# %% ../../nbs/data/07q_personas.ipynb #e6620a75
+# %% ../../nbs/data/07q_personas.ipynb #0ca1bd38
 SEED, VERSION, MOST = 0, 1, 2000       # change VERSION with anything that changes a picture; personas in all
 FIGURES = ("person", "person: blond hair", "man", "person: beard", "man: beard", "man: red hair", "man: curly hair", "man: white hair", "man: bald", "woman", "woman: red hair", "person: red hair",
            "woman: curly hair", "person: curly hair", "woman: white hair", "person: white hair", "woman: bald", "person: bald", "woman: blond hair", "older person", "old man", "old woman")
 HATS = ("", "crown", "woman’s hat", "top hat", "graduation cap", "billed cap", "rescue worker’s helmet", "military helmet")
 GLASSES = ("", "glasses", "sunglasses", "goggles")
 COLOURS = {"red": (206, 40, 46), "orange": (244, 144, 32), "green": (40, 140, 70), "teal": (0, 140, 150), "blue": (44, 84, 200), "purple": (126, 60, 180), "white": (246, 246, 246), "black": (30, 30, 34)}
-BADGES = tuple(product(("disc", "square", "star"), ("red", "blue")))
+BADGES = tuple(product(("disc", "square", "triangle"), ("red", "blue")))
 TRAITS = ("figure", "hat", "glasses", "scarf", "badge")
 
 def _combination(index: int) -> dict:
@@ -33,7 +33,7 @@ def _combination(index: int) -> dict:
     kinds = (FIGURES, HATS, GLASSES, tuple(COLOURS), tuple(" ".join(b[::-1]) for b in BADGES))
     return {trait: kind[i] for trait, kind, i in zip(TRAITS, kinds, places)}
 
-# %% ../../nbs/data/07q_personas.ipynb #73f139a6
+# %% ../../nbs/data/07q_personas.ipynb #61e5bc5d
 SYLLABLES = ("ba", "bel", "dor", "du", "fa", "fen", "gri", "ha", "il", "jo", "ka", "kel", "la", "lir", "ma", "mon", "na", "nev", "o", "pal", "qui", "ra", "ren", "sa", "sol", "ta", "ti", "ul", "va", "vo", "wen", "zu")
 
 def _names(n: int, seed: int) -> list[str]:
@@ -43,7 +43,7 @@ def _names(n: int, seed: int) -> list[str]:
         found[f"{''.join(parts[:2])} {''.join(parts[2:])}".title()] = None
     return list(found)
 
-# %% ../../nbs/data/07q_personas.ipynb #477779c5
+# %% ../../nbs/data/07q_personas.ipynb #9fccc815
 @lru_cache
 def _drawings() -> dict[str, Image.Image]:
     data = emoji.load("noto", background=None)
@@ -64,7 +64,7 @@ def _figure(traits: dict) -> Image.Image:
     draw.rounded_rectangle((26, 76, 70, 86), 4, COLOURS[traits["scarf"]], (60, 60, 60))
     if kind == "disc": draw.ellipse((58, 78, 74, 94), colour, (255, 255, 255))
     if kind == "square": draw.rectangle((58, 78, 74, 94), colour, (255, 255, 255))
-    if kind == "star": draw.regular_polygon((66, 86, 10), 3, 0, colour, (255, 255, 255))
+    if kind == "triangle": draw.regular_polygon((66, 86, 10), 3, 0, colour, (255, 255, 255))
     if traits["glasses"]: canvas.alpha_composite(picture := _worn(traits["glasses"], 34), (48 - picture.width // 2, 54 - picture.height // 2))
     if traits["hat"]: canvas.alpha_composite(picture := _worn(traits["hat"], 40), (48 - picture.width // 2, max(0, 38 - picture.height)))
     return canvas
@@ -78,7 +78,7 @@ def _view(figure: Image.Image, rng: np.random.Generator) -> Image.Image:
     values = np.asarray(picture, dtype=np.float32) * rng.uniform(0.6, 1.0) + rng.uniform(0, 8) * rng.standard_normal((64, 64, 3), dtype=np.float32)
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
-# %% ../../nbs/data/07q_personas.ipynb #14c57a3f
+# %% ../../nbs/data/07q_personas.ipynb #43366c70
 @lru_cache(maxsize=4)
 def _made(n: int, shots: int, seed: int) -> tuple[list[bytes], pd.DataFrame]:
     chosen = np.random.default_rng([VERSION, seed, 0]).permutation(len(FIGURES) * len(HATS) * len(GLASSES) * len(COLOURS) * len(BADGES))[:n]
