@@ -42,6 +42,24 @@ class Category:
 NONE = "none of these"     # the category of the label that means no label
 _KEYS = ("name", "version", "source", "note", "templates", "categories", "labels")
 
+# %% ../../nbs/audits/41_labels.ipynb #5c1fa5e7
+def _check_set(labels: "LabelSet") -> None:
+    "A ValueError for a set that cannot be asked; it names the set and the label."
+    where = f"label set {labels.name!r}"
+    for what in ("name", "version", "source"):
+        if not isinstance(getattr(labels, what), str) or not getattr(labels, what).strip(): raise ValueError(f"{where} has no {what}; write one")
+    if len(labels.labels) < 2: raise ValueError(f"{where} has {len(labels.labels)} label{'' if len(labels.labels) == 1 else 's'}; a choice needs at least two")
+    for column in ("label", "words"):
+        seen = {}
+        for i, label in enumerate(labels.labels):
+            text = getattr(label, column)
+            if not isinstance(text, str) or not clean(text): raise ValueError(f"{where}: label {i} has no {column} (got {text!r}); in YAML, put yes, no and numbers in quotes")
+            if (twin := seen.setdefault(clean(text), i)) != i: raise ValueError(f"{where}: labels {twin} and {i} have the same {column}, {text!r}, so no model can tell them apart")
+    for i, label in enumerate(labels.labels):
+        if label.category not in labels.categories: raise ValueError(f"{where}: label {label.label!r} is of category {label.category!r}; expected one of {', '.join(labels.categories)}")
+    if NONE in labels.categories and labels.categories[NONE].harm: raise ValueError(f"{where}: {NONE!r} is the category for no label; it does no harm")
+    if len(labels.places(NONE)) > 1: raise ValueError(f"{where} has {len(labels.places(NONE))} labels that mean no label; expected one at the most")
+
 # %% ../../nbs/audits/41_labels.ipynb #4584900c
 @dataclass(frozen=True, eq=False)
 class LabelSet:
@@ -56,20 +74,7 @@ class LabelSet:
     edits: tuple[str, ...] = ()             # since it was read: "added child (base)"
 
     def __post_init__(self):
-        where = f"label set {self.name!r}"
-        for what in ("name", "version", "source"):
-            if not isinstance(getattr(self, what), str) or not getattr(self, what).strip(): raise ValueError(f"{where} has no {what}; write one")
-        if len(self.labels) < 2: raise ValueError(f"{where} has {len(self.labels)} label{'' if len(self.labels) == 1 else 's'}; a choice needs at least two")
-        for column in ("label", "words"):
-            seen = {}
-            for i, label in enumerate(self.labels):
-                text = getattr(label, column)
-                if not isinstance(text, str) or not clean(text): raise ValueError(f"{where}: label {i} has no {column} (got {text!r}); in YAML, put yes, no and numbers in quotes")
-                if (twin := seen.setdefault(clean(text), i)) != i: raise ValueError(f"{where}: labels {twin} and {i} have the same {column}, {text!r}, so no model can tell them apart")
-        for i, label in enumerate(self.labels):
-            if label.category not in self.categories: raise ValueError(f"{where}: label {label.label!r} is of category {label.category!r}; expected one of {', '.join(self.categories)}")
-        if NONE in self.categories and self.categories[NONE].harm: raise ValueError(f"{where}: {NONE!r} is the category for no label; it does no harm")
-        if len(self.places(NONE)) > 1: raise ValueError(f"{where} has {len(self.places(NONE))} labels that mean no label; expected one at the most")
+        _check_set(self)
         object.__setattr__(self, "templates", tuple(check_templates(self.templates)))
 
     def __len__(self) -> int: return len(self.labels)
