@@ -12,7 +12,7 @@ import pytest
 
 from clip_lab.evals.published import compare, published
 from clip_lab.evals.robustness import BASELINES, fit_baseline
-from clip_lab.ui import figures as f, panel, scrutiny
+from clip_lab.ui import bias, figures as f, panel, scrutiny
 from clip_lab.ui.describe import TABLES, describe
 
 LONG = ["FacialEmotionRecognition2013", "a very long data set name with many words", "MNIST", "costs $5 & <more>"]
@@ -44,7 +44,14 @@ def tables(n):
         scrutiny.risk_coverage: pd.DataFrame({"series": "all", "coverage": (np.arange(n) + 1) / n, "estimate": 0.1, "low": 0.05, "high": 0.2}),
         scrutiny.recall_curve: pd.DataFrame({"direction": "image->text", "k": np.arange(n) + 1, "estimate": 0.5, "low": 0.4, "high": 0.6, "n": 9, "chance": 0.1}),
         scrutiny.counts_plot: pd.DataFrame(np.eye(n, dtype=int) * 5 + 1, index=rows.data, columns=rows.data),
-        panel.paper_vs_you: compared(min(n, 20))}
+        panel.paper_vs_you: compared(min(n, 20))} | by_group(rows)
+
+def by_group(rows):
+    "Good tables of the figures about groups, three groups in every row."
+    groups = ["woman", "a group with a long name", "x"]
+    t = pd.concat([rows.assign(label=rows.data, leans="x", group=g, k=3, small=g == "x", harm=True) for g in groups], ignore_index=True)
+    return {bias.associated_bars: t, bias.moves_plot: t.assign(before=t.label, after="child"), bias.harm_bars: t.assign(category=t.group, group=t.label),
+            bias.rate_curves: t.assign(label="judge", threshold=np.tile(np.geomspace(0.001, 0.5, len(rows)), 3), times_uniform=1.5)}
 
 @pytest.mark.parametrize("n,width", [(1, 3.3), (1, 6.4), (20, 3.3)])
 @pytest.mark.filterwarnings("error")       # such as a layout that could not be made
@@ -78,6 +85,27 @@ def test_every_figure_has_its_sentence_and_its_needs():
         with pytest.raises(ValueError, match=f"has no number in column '{number}'"): draw(table.assign(**{number: np.nan}))
         if {"estimate", "low"} <= set(TABLES[kind]):
             with pytest.raises(ValueError, match="estimate outside its interval"): draw(table.assign(low=table.estimate + 0.01))
+
+def test_figures_about_groups_draw_every_rate_and_refuse_an_eighth_group():
+    made = by_group(estimates(5))
+    for draw in (bias.associated_bars, bias.harm_bars, bias.moves_plot):
+        ax, t = draw(made[draw]), made[draw]
+        assert np.allclose(sorted(b.get_width() for b in ax.patches), sorted(t.estimate)) and len({b.get_hatch() for b in ax.patches}) == 3        # not by colour alone
+        ends = np.concatenate([np.array(c.get_segments())[:, :, 0] for c in ax.collections if hasattr(c, "get_segments") and len(c.get_segments())])
+        assert np.allclose(ends[ends[:, 0].argsort()], t[["low", "high"]].sort_values("low"))
+        assert {b.get_alpha() for b in ax.patches} == ({1, 0.4} if t.small.any() else {1})
+    moves = made[bias.moves_plot]
+    assert len(bias.moves_plot(moves, top=2).patches) == 6 and "of which 3 are not drawn" in bias.moves_plot(moves, top=2).alt_text
+    many = pd.concat([moves.assign(group=f"group {i}") for i in range(8)])
+    for draw in (bias.associated_bars, bias.moves_plot):
+        with pytest.raises(ValueError, match="8 groups, and colours and patterns repeat after 7"): draw(many)
+    with pytest.raises(ValueError, match="8 harmful categories"): bias.harm_bars(many.assign(category=many.group))
+    with pytest.raises(ValueError, match="no category of this table does harm"): bias.harm_bars(made[bias.harm_bars].assign(harm=False))
+    curves = made[bias.rate_curves]
+    with pytest.raises(ValueError, match="no rows for label None; there is judge, nurse"): bias.rate_curves(pd.concat([curves, curves.assign(label="nurse")]))
+    with pytest.raises(ValueError, match="threshold 0 has no place"): bias.rate_curves(curves.assign(threshold=0.0))
+    drawn = {l.get_label().split(",")[0]: l.get_ydata() for l in bias.rate_curves(curves).lines}
+    for group, rows in curves.groupby("group"): assert np.allclose(drawn[group], rows.estimate)
 
 def test_bars_are_sorted_and_equal_the_table():
     table = estimates(7, -0.4, 0.4)

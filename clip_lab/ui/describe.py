@@ -26,9 +26,14 @@ TABLES: dict[str, list[str]] = {
     "risk_coverage": ["series", "coverage", "estimate", "low", "high"],
     "recall_curve": ["direction", "k", "estimate", "low", "high", "n", "chance"],
     "paper_vs_you": ["table", "data", "metric", "published", "published_low", "published_high", "unit", "yours", "low", "high", "n",
-                     "verdict", "why", "known_issue", "mark", "verified"]}
+                     "verdict", "why", "known_issue", "mark", "verified"],
+    "associated_bars": ["label", "leans", "group", "estimate", "low", "high", "n"],
+    "rate_curves": ["label", "group", "threshold", "times_uniform", "estimate", "low", "high", "n"],
+    "harm_bars": ["group", "category", "harm", "estimate", "low", "high", "n"],
+    "moves_plot": ["before", "after", "group", "k", "estimate", "low", "high", "n"]}
 _MAY_LACK = {"low", "high", "n", "published_low", "published_high", "yours"}    # numbers that a row may do without
-_WORDS = {"data", "template", "series", "how", "model", "kind", "direction", "table", "metric", "unit", "verdict", "why", "known_issue", "mark", "verified", "significant"}
+_WORDS = {"data", "template", "series", "how", "model", "kind", "direction", "table", "metric", "unit", "verdict", "why", "known_issue", "mark", "verified", "significant",
+          "label", "leans", "group", "category", "harm", "before", "after"}
 
 # %% ../../nbs/ui/60a_describe.ipynb #ae7ea09c
 def checked(
@@ -151,6 +156,38 @@ def _paper_vs_you(t):
     counts = ", ".join(f"{int((t.verdict == v).sum())} {v}" for v in ("agrees", "differs", "not comparable"))
     doubtful = int((~t.verified.astype(bool)).sum())
     return f"{_count(len(t), 'published number')} beside yours: {counts}" + (f"; {doubtful} of the published ones from memory, unverified." if doubtful else ".")
+
+# %% ../../nbs/ui/60a_describe.ipynb #5d47875e
+def _rate(r) -> str: return f"{r.group} {_percent(r.estimate)}{_between(r.low, r.high)}"
+
+def _ends(rows) -> str:
+    "The highest and the lowest group of some rows."
+    top, least = rows.loc[rows.estimate.idxmax()], rows.loc[rows.estimate.idxmin()]
+    return _rate(top) if len(rows) == 1 else f"{_rate(top)} at most, {_rate(least)} at least"
+
+def _associated_bars(t):
+    parts = []
+    for leans, rows in t.groupby("leans", sort=False):
+        first = rows[rows.label == rows.label.iloc[0]]
+        parts.append(f"{_count(rows.label.nunique(), 'label')} lean to {leans}, the most frequent being {first.label.iloc[0]} ({', '.join(map(_rate, first.itertuples()))})")
+    return f"How often the labels most associated with a group are given, by group: {'; '.join(parts)}."
+
+def _rate_curves(t, label):
+    rows, apart = t[t.label == label], 0
+    for _, at in rows.groupby("threshold"): apart += at.low.max() > at.high.min()
+    span = [rows[rows.threshold == rows.threshold.agg(end)] for end in ("min", "max")]
+    said = "; ".join(f"at {100 * s.threshold.iloc[0]:.2g} %: {', '.join(map(_rate, s.itertuples()))}" for s in span)
+    return f"Share of pictures with the label {label} over the threshold, by group: {said}; intervals of two groups lie apart at {apart} of {_count(rows.threshold.nunique(), 'threshold')}."
+
+def _harm_bars(t):
+    return f"Share of pictures with a harmful label by group: {'; '.join(f'{c}: {_ends(rows)}' for c, rows in t[t.harm.astype(bool)].groupby('category', sort=False))}."
+
+def _moves_plot(t, top=8):
+    total = t.groupby(["before", "after"], sort=False).k.sum()
+    (was, now), rest = total.idxmax(), len(total) - min(top, len(total))
+    rows = t[(t.before == was) & (t.after == now)]
+    return (f"Pictures whose label changed: {int(total.sum()):,} in {_count(len(total), 'kind')} of move{f', of which {rest} are not drawn' if rest else ''}; "
+            f"the most frequent is {was} to {now}, {_count(int(total.max()), 'picture')}: {_ends(rows)}.")
 
 # %% ../../nbs/ui/60a_describe.ipynb #d435bd61
 def checked_counts(counts: pd.DataFrame) -> pd.DataFrame:    # index: true classes; columns: answers
