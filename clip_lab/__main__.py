@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/72_main.ipynb #d1970557
-from . import cli_evals      # adds its commands to those of cli
+from . import cli_audits, cli_evals      # add their commands to those of cli
 from .cli import main
 
 # %% ../nbs/72_main.ipynb #89bd3d5f

@@ -19,7 +19,7 @@ from .plots import FAINT, INK, MUTED, STYLE
 
 # %% ../../nbs/ui/60e_bias.ipynb #b7914024
 #: The pattern of the first, second, ... group; goes with the colours of `figures.SERIES`.
-HATCHES = ["", "////", "....", "\\\\\\\\", "xxxx", "oo", "----"]
+HATCHES = ["", "////", "||||", "\\\\\\\\", "xxxx", "++++", "----"]
 
 def _looks(names: Sequence, who: str, what: str = "groups") -> dict:
     "Colour and pattern of each name; more than there are is a ValueError."
