@@ -141,7 +141,7 @@ def test_labels_that_come_and_go():
 
 @pytest.mark.parametrize("thresholds, kind, message", [
     ([0, .1], "probability", "threshold 0;"), ([.1, 1], "probability", "threshold 1;"), ([-1, 0], "cosine", "threshold -1;"), ([.2, .1], "probability", "must rise"), ([.1, .1], "probability", "must rise"),
-    ([np.nan], "probability", "threshold nan"), ([], "probability", "a row of numbers"), ([.1], "logit", "kind is"), (np.linspace(.001, .9, 255), "probability", "at most 254")])
+    ([np.nan], "probability", "threshold nan"), ([], "probability", "a row of numbers"), ([.1], "logit", "kind is"), (np.linspace(.001, .9, 254), "probability", "at most 253")])
 def test_wrong_thresholds(thresholds, kind, message):
     with pytest.raises(ValueError, match=message): check_thresholds(thresholds, kind)
 

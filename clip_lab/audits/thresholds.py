@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy.stats import chi2
+import torch
 
 from .people import Grouping
 from ..evals.stats import adjust, difference, interval
@@ -39,25 +40,33 @@ def check_thresholds(thresholds: Sequence[float] | float, kind: str = "probabili
     if t.ndim != 1 or not len(t): raise ValueError(f"thresholds have shape {t.shape}; expected a row of numbers")
     if (wrong := ~((t > low) & (t < 1))).any(): raise ValueError(f"threshold {t[wrong][0]:g}; a {kind} threshold lies between {low} and 1, and at the ends every label or none is given")
     if (np.diff(t) <= 0).any(): raise ValueError("thresholds must rise and differ; sort them, for instance with np.unique")
-    if len(t) > 254: raise ValueError(f"{len(t)} thresholds; expected at most 254")
+    if len(t) > 253: raise ValueError(f"{len(t)} thresholds; expected at most 253")
     return t
 
 # %% ../../nbs/audits/42_thresholds.ipynb #59af9785
+_SEARCH, _SPOILT, _LOW = 254, 255, 14       # marks in the table: look closer, not finite; bits of a float32 that the table does not see
+
 class _Reached:
-    "How many of at most 254 rising thresholds each float32 reaches (score >= threshold), exactly."
+    "How many of at most 253 rising thresholds each float32 reaches (score >= threshold), exactly."
     def __init__(self, thresholds: np.ndarray):
-        upper = np.arange(65536, dtype=np.uint32) << 16
+        upper = np.arange(1 << (32 - _LOW), dtype=np.uint32) << _LOW
         with np.errstate(invalid="ignore"):
-            ends = [np.searchsorted(thresholds, bits.view(np.float32), "right") for bits in (upper, upper | 0xFFFF)]
+            first, last = [np.searchsorted(thresholds, bits.view(np.float32), "right") for bits in (upper, upper | ((1 << _LOW) - 1))]
         special = (upper >> 23) & 0xFF == 0xFF                                        # infinity and NaN
-        self.thresholds, self.table = thresholds, np.where(special, 255, ends[0]).astype(np.uint8)
-        self.split = (ends[0] != ends[1]) & ~special                                  # a threshold lies inside
+        self.thresholds, self.table = thresholds, np.where(special, _SPOILT, np.where(first != last, _SEARCH, first)).astype(np.uint8)
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:                             # float32 -> uint8 of that shape; 255 where not finite
-        upper = (np.ascontiguousarray(scores).view(np.uint32) >> 16).astype(np.uint16)
-        found = self.table[upper]
-        if len(inside := np.flatnonzero(self.split[upper])): found.flat[inside] = np.searchsorted(self.thresholds, scores.ravel()[inside], "right")
+        found = np.take(self.table, np.ascontiguousarray(scores).view(np.uint32) >> _LOW)
+        if len(inside := np.flatnonzero(found == _SEARCH)): found.flat[inside] = np.searchsorted(self.thresholds, scores.ravel()[inside], "right")
         return found
+
+def _counted(steps: np.ndarray, codes: np.ndarray, places: np.ndarray, total: np.ndarray) -> None:     # steps: (rows, columns); places: (columns,) or (rows, 1), first bin of a label; total: (groups, bins)
+    "Add a histogram of `places + steps` for each group to `total`."
+    order = np.argsort(codes, kind="stable")
+    cuts = np.searchsorted(codes[order], np.arange(len(total) + 1))
+    bins = torch.from_numpy((places if len(places) == steps.shape[1] else places[order]) + steps[order])
+    for g, row in enumerate(total):
+        if cuts[g] < cuts[g + 1]: row += torch.bincount(bins[cuts[g]:cuts[g + 1]].reshape(-1), minlength=len(row)).numpy()
 
 # %% ../../nbs/audits/42_thresholds.ipynb #505701fa
 @dataclass(frozen=True, eq=False)
@@ -95,28 +104,27 @@ def sweep(
     thresholds: Sequence[float] | None = None,    # rising; None: `threshold_grid` for this many labels
     mode: str = "multi-label",                    # or "argmax"
     kind: str = "probability",                    # or "cosine"
-    rows: int = 4096,                             # pictures counted at a time
+    rows: int = 2048,                             # pictures counted at a time
 ) -> Sweep:
     "Count every label at every threshold in one pass; a score that is not finite is a ValueError that names the picture and label."
     if mode not in ("multi-label", "argmax"): raise ValueError(f"mode is {mode!r}; expected 'multi-label' or 'argmax'")
     if len(labels) < 2: raise ValueError("a label set of one: every picture gets it; expected at least two labels")
     thresholds = check_thresholds(threshold_grid(len(labels)) if thresholds is None else thresholds, kind)
     (G, L, T), done, reached = (len(grouping.names), len(labels), len(thresholds)), 0, _Reached(thresholds)
-    total, places = np.zeros(G * L * (T + 1), dtype=np.int64), np.arange(L) * (T + 1)
+    total, places = np.zeros((G, L * (T + 1)), dtype=np.int64), np.arange(L, dtype=np.int16 if L * (T + 1) < 2**15 else np.int32) * (T + 1)
     for block in [scores] if hasattr(scores, "shape") else scores:
         if block.ndim != 2 or block.shape[1] != L: raise ValueError(f"scores have shape {block.shape}; expected (pictures, {L}), a column per label")
         if done + len(block) > len(grouping.codes): raise ValueError(f"scores for more than {len(grouping.codes)} pictures; expected a row per picture of the grouping")
         for start in range(0, len(block), rows):
             x = np.asarray(block[start:start + rows], dtype=np.float32)
-            steps, first = reached(x), grouping.codes[done:done + len(x), None] * (L * (T + 1))
-            if (wrong := steps == 255).any():
-                i, j = np.argwhere(wrong)[0]
+            if not (good := np.isfinite(x)).all():
+                i, j = np.argwhere(~good)[0]
                 raise ValueError(f"the score of label {labels[j]!r} for picture {done + i} is {x[i, j]}; expected a finite number")
+            codes = grouping.codes[done:done + len(x)]
             if mode == "argmax":
-                best = x.argmax(1)[:, None]
-                flat = first + places[best] + np.take_along_axis(steps, best, 1)
-            else: flat = (first + places) + steps
-            total += np.bincount(flat.ravel(), minlength=len(total))
+                best = x.argmax(1)
+                _counted(reached(np.take_along_axis(x, best[:, None], 1)), codes, places[best][:, None], total)
+            else: _counted(reached(x), codes, places, total)
             done += len(x)
     if done != len(grouping.codes): raise ValueError(f"scores for {done} pictures, groups for {len(grouping.codes)}; expected a row per picture")
     counts = total.reshape(G, L, T + 1)[:, :, :0:-1].cumsum(2)[:, :, ::-1]       # whoever reaches a threshold reached the lower ones
