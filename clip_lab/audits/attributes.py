@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAIRFACE_WORDS', 'metric_frame', 'accuracy_by_group', 'gaps', 'spread', 'one_against_all', 'answers_of',
-           'classify_attributes', 'Probed', 'split_by_subject', 'probe_attributes', 'attribute_table', 'class_table',
-           'wide']
+           'classify_attributes', 'Probed', 'split_by_subject', 'probe_attributes', 'together', 'attribute_table',
+           'class_table', 'wide']
 
 # %% ../../nbs/audits/44_attributes.ipynb #b3dc82ec
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,13 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import union_categoricals
 from scipy.stats import beta, t as student
 from torch import Tensor
 
 from .labels import LabelSet
 from .people import Grouping, People, _values
+from ..data.labelled import Labelled, Pictures
 from ..evals.prompts import Template
 from ..evals.probe import fit, linear_probe
 from ..evals.stats import adjust, difference, fisher, interval, mean_per_class, risk_ratio
@@ -36,7 +38,9 @@ def _checked(answers: Sequence, truth: Sequence, grouping: Grouping) -> tuple[np
         found.append(x)
     answers, truth = found
     if len(set(truth)) < 2: raise ValueError(f"the truth is {truth[0]!r} for every picture; accuracy in one class only says nothing")
-    if not set(truth) & set(answers): raise ValueError(f"no answer is ever a true class (answered: {', '.join(map(str, list(dict.fromkeys(answers))[:4]))}; true: {', '.join(map(str, list(dict.fromkeys(truth))[:4]))}); are they spelled alike?")
+    said, true = set(map(str, answers)), set(map(str, truth))
+    if not said & true and (len(said) > 1 or {w.strip().casefold() for w in said} & {w.strip().casefold() for w in true}):      # one answer for all may be wrong for all
+        raise ValueError(f"no answer is ever a true class (answered: {', '.join(sorted(said)[:4])}; true: {', '.join(sorted(true)[:4])}); are they spelled alike?")
     return answers, truth
 
 def metric_frame(
@@ -303,6 +307,17 @@ def probe_attributes(
         answers[attribute] = answered
     return Probed(pd.DataFrame(answers), pd.DataFrame(rows))
 
+# %% ../../nbs/audits/44_attributes.ipynb #b61d7158
+def together(train: People, test: People) -> tuple[People, np.ndarray]:
+    "Both parts as one, and the places of the first; parts with other attributes are a ValueError."
+    if train.attributes != test.attributes: raise ValueError(f"the parts have the attributes {', '.join(train.attributes)} and {', '.join(test.attributes)}; expected the same")
+    first, second = train.data, test.data
+    if first.pictures.background != second.pictures.background: raise ValueError("the parts have different backgrounds; load both alike")
+    pictures = Pictures([*first.pictures.sources, *second.pictures.sources], [*first.pictures.names, *second.pictures.names], first.pictures.background)
+    table = pd.concat([first.table, second.table], ignore_index=True)
+    for a in train.attributes: table[a] = union_categoricals([p.data.table[a].astype("category") for p in (train, test)], ignore_order=True)
+    return People(Labelled(test.data.name, pictures, table), test.attributes, test.provenance, test.minimum, test.unknown), np.arange(len(train))
+
 # %% ../../nbs/audits/44_attributes.ipynb #2a936f02
 def _only(grouping: Grouping, which: np.ndarray) -> Grouping:
     "The grouping of some of its pictures; groups that lose all of theirs are gone."
@@ -330,9 +345,9 @@ def attribute_table(
 ) -> pd.DataFrame:                            # method, attribute, group, k, n, estimate, low, high, interval, small
     "Tables 3 and 4: accuracy of each method for each attribute, by group."
     groups, rows = people.group(*([by] if isinstance(by, str) else by)), []
+    answered = {attribute: _all_answered(methods, attribute, len(people)) for attribute in attributes}
     for name in methods:
-        for attribute in attributes:
-            asked = _all_answered(methods, attribute, len(people))
+        for attribute, asked in answered.items():
             own = None if subjects is None else np.asarray(subjects, dtype=object)[asked]
             t = accuracy_by_group(methods[name][attribute][asked], people.data.table[attribute][asked], _only(groups, asked), level, method, own)
             rows.append(t.rename(columns={"method": "interval"}).assign(method=name, attribute=attribute))
