@@ -89,21 +89,28 @@ def _influence(right: np.ndarray, member: np.ndarray, subjects: np.ndarray) -> t
 
 def _variance(pull: np.ndarray, among: int) -> float: return float((pull ** 2).sum() * among / (among - 1))
 
+def _korn_graubard(rate: float, pull: np.ndarray, n: int, among: int, level: float) -> tuple[float, float]:
+    "The interval of one rate, whose variance over subjects says how many independent pictures it is worth."
+    if among < 2: return 0.0, 1.0
+    alpha, worth = 1 - level, among
+    if 0 < rate < 1 and (variance := _variance(pull, among)) > 0:
+        worth = min(n, rate * (1 - rate) / variance * (student.ppf(alpha / 2, n - 1) / student.ppf(alpha / 2, among - 1)) ** 2)
+    k = rate * worth
+    return 0.0 if rate == 0 else float(beta.ppf(alpha / 2, k, worth - k + 1)), 1.0 if rate == 1 else float(beta.ppf(1 - alpha / 2, k + 1, worth - k))
+
+def _known(right: np.ndarray, member: np.ndarray, subjects: np.ndarray) -> tuple[float, np.ndarray, int, int]:
+    "What the interval needs: rate, pull of each subject, pictures, subjects."
+    return *_influence(right, member, subjects), int(member.sum()), len(np.unique(subjects[member]))
+
 def _of_subjects(right: np.ndarray, codes: np.ndarray, subjects: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    "Korn and Graubard's interval of every group."
-    ends, alpha = [], 1 - level
-    for g in range(codes.max() + 1):
-        member = codes == g
-        (rate, pull), n, among = _influence(right, member, subjects), member.sum(), len(np.unique(subjects[member]))
-        if among < 2: ends.append((0.0, 1.0)); continue
-        if 0 < rate < 1 and (variance := _variance(pull, among)) > 0:
-            worth = min(n, rate * (1 - rate) / variance * (student.ppf(alpha / 2, n - 1) / student.ppf(alpha / 2, among - 1)) ** 2)
-        else: worth = among
-        k = rate * worth
-        ends.append((0.0 if rate == 0 else float(beta.ppf(alpha / 2, k, worth - k + 1)), 1.0 if rate == 1 else float(beta.ppf(1 - alpha / 2, k + 1, worth - k))))
-    return tuple(np.array(e) for e in zip(*ends))
+    "Low and high of every group."
+    return tuple(np.array([_korn_graubard(*_known(right, codes == g, subjects), level) for g in range(codes.max() + 1)]).T)
 
 # %% ../../nbs/audits/44_attributes.ipynb #3ac7cd68
+def _together(x: float, y: float, rho: float) -> float:
+    "Two lengths as one, less what they share."
+    return float("inf") if np.isinf([x, y]).any() else float(np.sqrt(max(0.0, x * x + y * y - 2 * rho * x * y)))
+
 def _pair(right: np.ndarray, a: np.ndarray, b: np.ndarray, level: float, subjects: np.ndarray | None) -> dict:
     "Rate in `a` minus, and over, the rate in `b`, with intervals and p; NaN where an end or p does not exist."
     k, n = [int(right[m].sum()) for m in (a, b)], [int(m.sum()) for m in (a, b)]
@@ -114,16 +121,21 @@ def _pair(right: np.ndarray, a: np.ndarray, b: np.ndarray, level: float, subject
         found |= dict(low=d.low, high=d.high, p=fisher(k[0], n[0], k[1], n[1]).p)
         if all(k) and k != n: found |= dict(zip(("ratio_low", "ratio_high"), (lambda r: (r.low, r.high))(risk_ratio(k[0], n[0], k[1], n[1], level))))
         return found
-    among = len(np.unique(subjects[a | b]))
-    if among < 2: return found
-    pull, reach = [_influence(right, m, subjects)[1] for m in (a, b)], student.ppf((1 + level) / 2, among - 1)
-    error = np.sqrt(_variance(pull[0] - pull[1], among))
-    found |= dict(low=max(-1.0, found["difference"] - reach * error), high=min(1.0, found["difference"] + reach * error))
-    if error: found["p"] = float(2 * student.sf(abs(found["difference"]) / error, among - 1))
-    elif rate[0] == rate[1]: found["p"] = 1.0
+    one, other = (_known(right, m, subjects) for m in (a, b))
+    size = np.sqrt((one[1] ** 2).sum() * (other[1] ** 2).sum())
+    rho = float(one[1] @ other[1] / size) if size else 0.0               # of the two rates, over subjects that are in both
+    def moved(level, scale=lambda x: x):                                 # Newcombe's construction, on this scale
+        (p, (l, h)), (q, (m, g)) = ((scale(r[0]), [scale(e) for e in _korn_graubard(*r, level)]) for r in (one, other))
+        return p - q - _together(p - l, g - q, rho), p - q + _together(h - p, q - m, rho)
+    found |= dict(zip(("low", "high"), moved(level)))
+    unlikely, likely = -14.0, 0.0                                        # p = 10 ** these; its interval just touches zero
+    for _ in range(30):
+        middle = (unlikely + likely) / 2
+        ends = moved(1 - 10 ** middle)
+        unlikely, likely = (unlikely, middle) if ends[0] > 0 or ends[1] < 0 else (middle, likely)
+    found["p"] = 10 ** likely
     if all(k):
-        factor = np.exp(reach * np.sqrt(_variance(pull[0] / rate[0] - pull[1] / rate[1], among)))
-        found |= dict(ratio_low=found["ratio"] / factor, ratio_high=found["ratio"] * factor)
+        with np.errstate(divide="ignore"): found |= dict(zip(("ratio_low", "ratio_high"), np.exp(moved(level, np.log))))
     return found
 
 def _two(grouping: Grouping) -> None:
