@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAIRFACE_WORDS', 'metric_frame', 'accuracy_by_group', 'gaps', 'spread', 'one_against_all', 'answers_of',
-           'classify_attributes', 'Probed', 'split_by_subject', 'probe_attributes', 'attribute_table', 'class_table',
-           'wide']
+           'classify_attributes', 'Probed', 'split_by_subject', 'probe_attributes', 'together', 'attribute_table',
+           'class_table', 'wide']
 
 # %% ../../nbs/audits/44_attributes.ipynb #b3dc82ec
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,13 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import union_categoricals
 from scipy.stats import beta, t as student
 from torch import Tensor
 
 from .labels import LabelSet
 from .people import Grouping, People, _values
+from ..data.labelled import Labelled, Pictures
 from ..evals.prompts import Template
 from ..evals.probe import fit, linear_probe
 from ..evals.stats import adjust, difference, fisher, interval, mean_per_class, risk_ratio
@@ -36,7 +38,9 @@ def _checked(answers: Sequence, truth: Sequence, grouping: Grouping) -> tuple[np
         found.append(x)
     answers, truth = found
     if len(set(truth)) < 2: raise ValueError(f"the truth is {truth[0]!r} for every picture; accuracy in one class only says nothing")
-    if not set(truth) & set(answers): raise ValueError(f"no answer is ever a true class (answered: {', '.join(map(str, list(dict.fromkeys(answers))[:4]))}; true: {', '.join(map(str, list(dict.fromkeys(truth))[:4]))}); are they spelled alike?")
+    said, true = set(map(str, answers)), set(map(str, truth))
+    if not said & true and (len(said) > 1 or {w.strip().casefold() for w in said} & {w.strip().casefold() for w in true}):      # one answer for all may be wrong for all
+        raise ValueError(f"no answer is ever a true class (answered: {', '.join(sorted(said)[:4])}; true: {', '.join(sorted(true)[:4])}); are they spelled alike?")
     return answers, truth
 
 def metric_frame(
@@ -85,21 +89,28 @@ def _influence(right: np.ndarray, member: np.ndarray, subjects: np.ndarray) -> t
 
 def _variance(pull: np.ndarray, among: int) -> float: return float((pull ** 2).sum() * among / (among - 1))
 
+def _korn_graubard(rate: float, pull: np.ndarray, n: int, among: int, level: float) -> tuple[float, float]:
+    "The interval of one rate, whose variance over subjects says how many independent pictures it is worth."
+    if among < 2: return 0.0, 1.0
+    alpha, worth = 1 - level, among
+    if 0 < rate < 1 and (variance := _variance(pull, among)) > 0:
+        worth = min(n, rate * (1 - rate) / variance * (student.ppf(alpha / 2, n - 1) / student.ppf(alpha / 2, among - 1)) ** 2)
+    k = rate * worth
+    return 0.0 if rate == 0 else float(beta.ppf(alpha / 2, k, worth - k + 1)), 1.0 if rate == 1 else float(beta.ppf(1 - alpha / 2, k + 1, worth - k))
+
+def _known(right: np.ndarray, member: np.ndarray, subjects: np.ndarray) -> tuple[float, np.ndarray, int, int]:
+    "What the interval needs: rate, pull of each subject, pictures, subjects."
+    return *_influence(right, member, subjects), int(member.sum()), len(np.unique(subjects[member]))
+
 def _of_subjects(right: np.ndarray, codes: np.ndarray, subjects: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    "Korn and Graubard's interval of every group."
-    ends, alpha = [], 1 - level
-    for g in range(codes.max() + 1):
-        member = codes == g
-        (rate, pull), n, among = _influence(right, member, subjects), member.sum(), len(np.unique(subjects[member]))
-        if among < 2: ends.append((0.0, 1.0)); continue
-        if 0 < rate < 1 and (variance := _variance(pull, among)) > 0:
-            worth = min(n, rate * (1 - rate) / variance * (student.ppf(alpha / 2, n - 1) / student.ppf(alpha / 2, among - 1)) ** 2)
-        else: worth = among
-        k = rate * worth
-        ends.append((0.0 if rate == 0 else float(beta.ppf(alpha / 2, k, worth - k + 1)), 1.0 if rate == 1 else float(beta.ppf(1 - alpha / 2, k + 1, worth - k))))
-    return tuple(np.array(e) for e in zip(*ends))
+    "Low and high of every group."
+    return tuple(np.array([_korn_graubard(*_known(right, codes == g, subjects), level) for g in range(codes.max() + 1)]).T)
 
 # %% ../../nbs/audits/44_attributes.ipynb #3ac7cd68
+def _together(x: float, y: float, rho: float) -> float:
+    "Two lengths as one, less what they share."
+    return float("inf") if np.isinf([x, y]).any() else float(np.sqrt(max(0.0, x * x + y * y - 2 * rho * x * y)))
+
 def _pair(right: np.ndarray, a: np.ndarray, b: np.ndarray, level: float, subjects: np.ndarray | None) -> dict:
     "Rate in `a` minus, and over, the rate in `b`, with intervals and p; NaN where an end or p does not exist."
     k, n = [int(right[m].sum()) for m in (a, b)], [int(m.sum()) for m in (a, b)]
@@ -110,16 +121,21 @@ def _pair(right: np.ndarray, a: np.ndarray, b: np.ndarray, level: float, subject
         found |= dict(low=d.low, high=d.high, p=fisher(k[0], n[0], k[1], n[1]).p)
         if all(k) and k != n: found |= dict(zip(("ratio_low", "ratio_high"), (lambda r: (r.low, r.high))(risk_ratio(k[0], n[0], k[1], n[1], level))))
         return found
-    among = len(np.unique(subjects[a | b]))
-    if among < 2: return found
-    pull, reach = [_influence(right, m, subjects)[1] for m in (a, b)], student.ppf((1 + level) / 2, among - 1)
-    error = np.sqrt(_variance(pull[0] - pull[1], among))
-    found |= dict(low=max(-1.0, found["difference"] - reach * error), high=min(1.0, found["difference"] + reach * error))
-    if error: found["p"] = float(2 * student.sf(abs(found["difference"]) / error, among - 1))
-    elif rate[0] == rate[1]: found["p"] = 1.0
+    one, other = (_known(right, m, subjects) for m in (a, b))
+    size = np.sqrt((one[1] ** 2).sum() * (other[1] ** 2).sum())
+    rho = float(one[1] @ other[1] / size) if size else 0.0               # of the two rates, over subjects that are in both
+    def moved(level, scale=lambda x: x):                                 # Newcombe's construction, on this scale
+        (p, (l, h)), (q, (m, g)) = ((scale(r[0]), [scale(e) for e in _korn_graubard(*r, level)]) for r in (one, other))
+        return p - q - _together(p - l, g - q, rho), p - q + _together(h - p, q - m, rho)
+    found |= dict(zip(("low", "high"), moved(level)))
+    unlikely, likely = -14.0, 0.0                                        # p = 10 ** these; its interval just touches zero
+    for _ in range(30):
+        middle = (unlikely + likely) / 2
+        ends = moved(1 - 10 ** middle)
+        unlikely, likely = (unlikely, middle) if ends[0] > 0 or ends[1] < 0 else (middle, likely)
+    found["p"] = 10 ** likely
     if all(k):
-        factor = np.exp(reach * np.sqrt(_variance(pull[0] / rate[0] - pull[1] / rate[1], among)))
-        found |= dict(ratio_low=found["ratio"] / factor, ratio_high=found["ratio"] * factor)
+        with np.errstate(divide="ignore"): found |= dict(zip(("ratio_low", "ratio_high"), np.exp(moved(level, np.log))))
     return found
 
 def _two(grouping: Grouping) -> None:
@@ -303,6 +319,17 @@ def probe_attributes(
         answers[attribute] = answered
     return Probed(pd.DataFrame(answers), pd.DataFrame(rows))
 
+# %% ../../nbs/audits/44_attributes.ipynb #b61d7158
+def together(train: People, test: People) -> tuple[People, np.ndarray]:
+    "Both parts as one, and the places of the first; parts with other attributes are a ValueError."
+    if train.attributes != test.attributes: raise ValueError(f"the parts have the attributes {', '.join(train.attributes)} and {', '.join(test.attributes)}; expected the same")
+    first, second = train.data, test.data
+    if first.pictures.background != second.pictures.background: raise ValueError("the parts have different backgrounds; load both alike")
+    pictures = Pictures([*first.pictures.sources, *second.pictures.sources], [*first.pictures.names, *second.pictures.names], first.pictures.background)
+    table = pd.concat([first.table, second.table], ignore_index=True)
+    for a in train.attributes: table[a] = union_categoricals([p.data.table[a].astype("category") for p in (train, test)], ignore_order=True)
+    return People(Labelled(test.data.name, pictures, table), test.attributes, test.provenance, test.minimum, test.unknown), np.arange(len(train))
+
 # %% ../../nbs/audits/44_attributes.ipynb #2a936f02
 def _only(grouping: Grouping, which: np.ndarray) -> Grouping:
     "The grouping of some of its pictures; groups that lose all of theirs are gone."
@@ -330,9 +357,9 @@ def attribute_table(
 ) -> pd.DataFrame:                            # method, attribute, group, k, n, estimate, low, high, interval, small
     "Tables 3 and 4: accuracy of each method for each attribute, by group."
     groups, rows = people.group(*([by] if isinstance(by, str) else by)), []
+    answered = {attribute: _all_answered(methods, attribute, len(people)) for attribute in attributes}
     for name in methods:
-        for attribute in attributes:
-            asked = _all_answered(methods, attribute, len(people))
+        for attribute, asked in answered.items():
             own = None if subjects is None else np.asarray(subjects, dtype=object)[asked]
             t = accuracy_by_group(methods[name][attribute][asked], people.data.table[attribute][asked], _only(groups, asked), level, method, own)
             rows.append(t.rename(columns={"method": "interval"}).assign(method=name, attribute=attribute))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import hypergeom, permutation_test
+from scipy.stats import hypergeom, norm, permutation_test
 
 from .people import Grouping
 from ..evals.stats import Effect, adjust, bootstrap
@@ -148,6 +148,7 @@ def representation(
         for measure, value in _measures(row, G, k, want).items():
             value, side = float(value), -1 if measure.startswith("min") else 1
             low, high = np.nanquantile(again[measure], ends, method="closest_observation")
+            if measure == "NDKL": low, high = (max(0.0, value + e * norm.ppf(ends[1]) * float(np.std(again[measure]))) for e in (-1, 1))
             found.append(dict(query=query, measure=measure, estimate=value, low=min(low, value), high=max(high, value), n=N, luck=float(np.median(null[measure])),
                               p=(1 + int((side * null[measure] >= side * value - 1e-12).sum())) / (1 + n_resamples)))
     table = pd.DataFrame(found)

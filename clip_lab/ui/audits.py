@@ -81,7 +81,7 @@ def _skew_sentence(t: pd.DataFrame) -> str:
     outside = int((t.p_adjusted <= 0.05).sum()) if "p_adjusted" in t else None
     ends = "" if seen.empty else (lambda a, b: f"; lowest {a.estimate:+.2f} ({a['group']}, {a['query']}), highest {b.estimate:+.2f} ({b['group']}, {b['query']})")(seen.loc[seen.estimate.idxmin()], seen.loc[seen.estimate.idxmax()])
     lost = int((~np.isfinite(t.estimate)).sum())
-    return f"Skew of {t['query'].nunique()} queries for {t['group'].nunique()} groups" + ends.replace("-", "−") + (f"; {lost} times nobody of a group was found" if lost else "") + (f"; {outside} of {len(t)} differ from luck after adjustment." if outside is not None else ".")
+    return f"Skew of {t['query'].nunique()} queries for {t['group'].nunique()} groups" + ends.replace("-", "−") + (f"; nobody of a group was found {lost} time{'s' if lost > 1 else ''}" if lost else "") + (f"; {outside} of {len(t)} differ from luck after adjustment." if outside is not None else ".")
 
 def skew_plot(
     table: pd.DataFrame,             # of `representation.skew_at_k`, one k: query, group, estimate, low, high, null_low, null_high, k; optionally p_adjusted
@@ -108,10 +108,10 @@ def skew_plot(
             ax.hlines(y, ends[0], rows.high.where(np.isfinite(rows.high), low), color=colour, lw=1.3)
             there = np.isfinite(rows.estimate).to_numpy()
             ax.plot(rows.estimate[there], y[there], marker, ms=5.5, color=colour, mec="white", mew=0.5, ls="", label=str(group), zorder=3)
-            ax.plot(np.full((~there).sum(), low), y[~there], "<", ms=6, color=colour, ls="", clip_on=False, zorder=3)
+            ax.plot(np.full((~there).sum(), low), y[~there], "<", ms=6, color=colour, ls="", zorder=3)
         _rows(ax, queries, width)
         ax.axvline(0, color=INK, lw=0.8)
-        ax.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+        ax.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
         ax.set_xlabel(f"skew@{table.k.iloc[0]}: ln(share among the first {table.k.iloc[0]} / expected share)", fontsize=9)
         ax.grid(axis="x", color=FAINT, lw=0.8)
         _key(ax)
