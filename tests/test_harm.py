@@ -9,7 +9,7 @@ from scipy.stats import binom, binomtest, chi2, ncx2, norm
 
 import clip_lab
 from clip_lab.audits.harm import ALL_HARMFUL, NO_LABEL, answers, class_design, harm_rates, harm_table, harm_tests, label_edits
-from clip_lab.audits.labels import Category, Label, LabelSet, label_set
+from clip_lab.audits.labels import Category, Label, LabelSet, combine, label_set
 from clip_lab.audits.people import Grouping
 from clip_lab.audits.wording import PromptGrid, prompt_grid, variance_parts
 
@@ -277,3 +277,14 @@ def test_resamples_do_not_depend_on_how_many_fit_in_memory(monkeypatch):
     pd.testing.assert_frame_equal(a, b)
     assert not a.equals(variance_parts(h, seed=4))
     assert PromptGrid(h, ["{}"], ["a", "b"]).band(grouped([0] * 30 + [1] * 30)).groupby("group").size().tolist() == [3, 3]
+
+
+def test_sets_are_combined_or_say_why_not():
+    jobs, looks = label_set("occupations"), label_set("appearance")
+    both = combine(jobs, looks.add("glare", "face"), name="all")
+    assert both.name == "all" and len(both) == len(jobs) + len(looks) + 1 and both.edits == ("added glare (face)",) and not both.harmful[-1] and jobs.source in both.source
+    assert combine(jobs.with_none(), looks.with_none()).none == len(jobs)
+    harmless = replace(jobs, categories={k: Category(False) for k in jobs.categories})
+    for sets, message in (((), "0 label sets to combine"), ((jobs,), "1 label set to combine"), ((jobs, replace(looks, templates=("{}",))), "different templates"), ((jobs, harmless), "'crime-related' does harm in one label set"),
+                          ((looks, looks.reword("suit", "a suit")), "label 'suit' of 'appearance' is 'a suit'")):
+        with pytest.raises(ValueError, match=message): combine(*sets)
