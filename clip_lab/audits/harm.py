@@ -146,8 +146,9 @@ class ClassDesign:
     @property
     def moved(self) -> np.ndarray:      # (pictures,) bool
         "Pictures whose label is another one now."
-        same = np.r_[_same(self.before, self.after), -2]                         # the last for -1, no label
-        return np.where(self.places_after < 0, self.places_before >= 0, same[self.places_after] != self.places_before)
+        same = _same(self.before, self.after)
+        same = np.r_[np.where(same < 0, -2, same), -1]             # a new label is no place of before; the last is for -1, no label, which stays itself
+        return same[self.places_after] != self.places_before
 
     def _names(self) -> tuple[np.ndarray, np.ndarray]:
         return tuple(np.array([*labels.names, NO_LABEL], dtype=object)[places] for labels, places in ((self.before, self.places_before), (self.after, self.places_after)))
