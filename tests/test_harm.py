@@ -18,14 +18,6 @@ PAPER = label_set("paper-21")
 KINDS = ("base", "crime-related", "non-human")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_collection():
-    "statsmodels' multipletests collects garbage at every call, a tenth of a second that hundreds of repeats need not spend."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gc.collect", lambda *_: 0)
-        yield
-
-
 def grouped(codes, minimum=30):
     codes = np.asarray(codes, dtype=np.int64)
     return Grouping(("group",), [f"g{i}" for i in range(codes.max() + 1)], codes, minimum)
