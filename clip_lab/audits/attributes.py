@@ -138,10 +138,10 @@ def _pair(right: np.ndarray, a: np.ndarray, b: np.ndarray, level: float, subject
         with np.errstate(divide="ignore"): found |= dict(zip(("ratio_low", "ratio_high"), np.exp(moved(level, np.log))))
     return found
 
+# %% ../../nbs/audits/44_attributes.ipynb #431eae78
 def _two(grouping: Grouping) -> None:
     if len(grouping.names) < 2: raise ValueError(f"one group only ({', '.join(grouping.names)}); there is nobody to compare with")
 
-# %% ../../nbs/audits/44_attributes.ipynb #431eae78
 def gaps(
     answers: Sequence,
     truth: Sequence,
