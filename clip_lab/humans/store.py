@@ -217,13 +217,8 @@ class Store(Database):
     def enrol(self, key: str) -> Person:
         "Give the holder of this key a seat, once."
         self._check(key)
-        with self.writing() as c:
-            if row := self._row(c, key): return self._person(row)
-            now, person = _now(), "p" + secrets.token_hex(5)
-            seat = self._free_seat(c, now)
-            c.execute(PEOPLE.insert().values(id=person, link_hash=_hash(key), delete_hash=_hash(delete_code(key)), seat=seat, done=0, undoable=False, gone=False, joined=now, seen=now, shown=now))
-            c.execute(SEATS.update().where(SEATS.c.seat == seat).values(participant=person))
-            return self._person(self._row(c, key))
+        try: return self._seated(key)
+        except sa.exc.IntegrityError: return self.come_back(key)      # another server seated the same key at the same moment
 
     def come_back(self, key: str) -> Person:
         "The person with this key, where they left; the server's clock for the current trial starts again."
@@ -285,6 +280,15 @@ class Store(Database):
 
     def _check(self, key: str):
         if not (isinstance(key, str) and len(key) == 48 and key.isascii() and hmac.compare_digest(_mac(self.secret, key[:32]).hex()[:16], key[32:])): raise Refused("link")
+
+    def _seated(self, key: str) -> Person:
+        with self.writing() as c:
+            if row := self._row(c, key): return self._person(row)
+            now, person = _now(), "p" + secrets.token_hex(5)
+            seat = self._free_seat(c, now)
+            c.execute(PEOPLE.insert().values(id=person, link_hash=_hash(key), delete_hash=_hash(delete_code(key)), seat=seat, done=0, undoable=False, gone=False, joined=now, seen=now, shown=now))
+            c.execute(SEATS.update().where(SEATS.c.seat == seat).values(participant=person))
+            return self._person(self._row(c, key))
 
     def _row(self, c: sa.Connection, key: str):
         return c.execute(sa.select(PEOPLE).where(PEOPLE.c.link_hash == _hash(key)).with_for_update()).first()
