@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DONT_KNOW', 'ORDERS', 'Consent', 'Exclusion', 'Design', 'read_design', 'save_design', 'Trial', 'window', 'Study',
-           'open_study', 'demo_design', 'pets_design']
+           'open_study', 'trial_frame', 'demo_design', 'pets_design']
 
 # %% ../../nbs/humans/50_design.ipynb #78cd1c0e
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ from pathlib import Path
 import re
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from ..data import offline
@@ -364,6 +365,11 @@ def open_study(design: Design, root: str | Path | None = None) -> Study:     # r
     elif design.data in offline.SETS: data = offline.load(design.data)
     else: data = open_set(design.data, root=root)
     return Study(design, data)
+
+def trial_frame(study: Study, seats: Sequence[int] | None = None) -> pd.DataFrame:     # seats: None: all
+    "A row per seat and trial: seat, trial, number, block, shots, kind, picture, truth, wanted."
+    return pd.DataFrame([dict(seat=s, trial=t.id, number=t.number, block=t.block, shots=t.shots, kind=t.kind, picture=t.picture, truth=t.truth, wanted=t.wanted)
+                         for s in (range(1, study.seats + 1) if seats is None else seats) for t in study.trials(s)])
 
 # %% ../../nbs/humans/50_design.ipynb #c664f178
 _OBVIOUS = {"flag": ("Brazil", "Canada", "Japan", "United Kingdom"), "animal": ("elephant", "giraffe"), "job": ("astronaut",)}

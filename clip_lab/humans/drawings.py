@@ -38,6 +38,6 @@ def emoji_study() -> EvalSet:
     pictures = Pictures([s for p in parts for s in p.pictures.sources], [f"{p.name}: {n}" for p in parts for n in p.table["name"]])
     data, study = Labelled("emoji-study", pictures, table).select(keep), table["style"].isin(STUDY).to_numpy()[keep]
     targets = {q: Target(list(known[q]), found[keep], {"test": np.flatnonzero((found[keep] >= 0) & study), "train": np.flatnonzero((found[keep] >= 0) & ~study)},
-                         metric="mean per class") for q, found in labels.items()}
+                         ("flag: {}", "the flag of {}") if q == "flag" else None, "mean per class") for q, found in labels.items()}
     licences = " ".join(emoji.STYLES[s].attribution for s in (*STUDY, *EXAMPLES))
     return EvalSet("emoji-study", data, targets, role="study with people", facts=dict(title="Emoji for a study with people", attribution=licences))
