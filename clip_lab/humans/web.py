@@ -4,18 +4,23 @@
 
 # %% auto #0
 __all__ = ['BODY', 'STATUS', 'HOURS', 'ASSETS', 'FILES', 'POLICY', 'study_reply', 'person_reply', 'Limit', 'read_body',
-           'Participants', 'Door', 'Headers', 'study_app', 'serve']
+           'Participants', 'Door', 'Headers', 'study_app', 'arguments', 'open_store', 'serve', 'main']
 
 # %% ../../nbs/humans/55_web.ipynb #fbfc1a0f
+import argparse
 from collections import defaultdict, deque
 from collections.abc import Callable
+from datetime import timedelta
 from functools import lru_cache
 import hashlib
 import hmac
 from html import escape
 from importlib import resources
 import json
+import os
 import re
+import secrets
+import sys
 import threading
 import time
 
@@ -28,7 +33,7 @@ try:
     from starlette.routing import Route
 except ImportError as error: raise ImportError("the study's server needs Starlette, which comes with Gradio: pip install 'clip_lab[apps]'") from error
 
-from .design import DONT_KNOW
+from .design import DONT_KNOW, demo_design, open_study, read_design
 from .exports import EXPORTS, export
 from .store import Person, Refused, Store, Unavailable, delete_code
 
@@ -286,7 +291,41 @@ def study_app(
     app.add_middleware(Headers)
     return app
 
-def serve(app: Starlette, host: str = "127.0.0.1", port: int = 7860):
-    "Run until it is stopped. No access log: it would hold addresses, which the participants were told are not kept."
+# %% ../../nbs/humans/55_web.ipynb #e8af2e04
+def arguments(description: str = "Run a study with people in a browser.") -> argparse.ArgumentParser:
+    "What both servers understand."
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--study", help="the design, a .yaml or .json file; without it the demo study on country flags")
+    parser.add_argument("--db", help="sqlite:///study.db or postgresql://user@host/name; default: sqlite, in a file named after the design, here")
+    parser.add_argument("--data", help="the folder of all data sets, if the design uses one that is not shipped")
+    parser.add_argument("--admin-token", default=os.environ.get("CLIP_LAB_ADMIN_TOKEN"), help="the researcher's token, 16 characters or more; default: the variable CLIP_LAB_ADMIN_TOKEN, or a new one")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the study to the network; behind a proxy with https, leave it")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--release-hours", type=float, default=2, help="after so long without an answer a seat may be given to somebody else")
+    parser.add_argument("--enrolments-per-minute", type=int, default=120, help="new participants from one address")
+    return parser
+
+def open_store(options: argparse.Namespace) -> Store:
+    "The store that the words ask for."
+    design = read_design(options.study) if options.study else demo_design()
+    return Store(options.db or f"sqlite:///{design.name}-{design.hash[:8]}.db", open_study(design, root=options.data), timedelta(hours=options.release_hours))
+
+def serve(options: argparse.Namespace, store: Store, researcher: Callable | None = None, say: Callable = print):
+    "Say where the pages are, and run until stopped."
     import uvicorn
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30)
+    token = options.admin_token or secrets.token_urlsafe(24)
+    app = study_app(store, token, researcher, options.enrolments_per_minute)
+    home = f"http://{'127.0.0.1' if options.host == '0.0.0.0' else options.host}:{options.port}"
+    say(f"{store.study.design.title}\n  for participants    {home}/\n  for the researcher  {home}/researcher" + ("   (the token you gave)" if options.admin_token else f"#token={token}"), flush=True)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30)
+
+def main(words: list[str] | None = None):
+    "The participants' server alone."
+    options = arguments().parse_args(words)
+    try: store = open_store(options)
+    except (ValueError, OSError, Unavailable) as error: sys.exit(f"error: {error}")
+    serve(options, store)
+
+# %% ../../nbs/humans/55_web.ipynb #d9359b91
+# A notebook has no __file__: there, nothing is started.
+if __name__ == "__main__" and "__file__" in globals(): main()

@@ -47,6 +47,7 @@ async function call(name, body) {
 
 function show(...children) {
   screen = null;
+  $("undo").hidden = true;
   main.replaceChildren(h("div", {class: "prose"}, ...children));
   const title = main.querySelector("h1");
   title.tabIndex = -1;
@@ -177,12 +178,11 @@ function build() {
   });
   const filter = few ? null : h("input", {type: "search", placeholder: fine ? "Type to find an answer" : "Find an answer", "aria-label": "Find an answer", autocomplete: "off", autocapitalize: "none", spellcheck: "false", oninput: narrow});
   const list = h("ul", {class: "choices" + (few && plain ? " few" : "") + (study.searchable ? " long" : "")}, items.map(entry => entry.item)), none = h("p", {class: "none", hidden: true}, "No answer on the page contains that.");
-  const dont = h("button", {type: "button", "data-value": study.dont_know.value, onclick: () => give(study.dont_know.value)}, fine ? h("kbd", {"aria-hidden": "true"}, "0") : null, h("span", {}, study.dont_know.label));
-  const undo = h("button", {type: "button", class: "link", hidden: true, onclick: takeBack}, "Take the last answer back", fine ? [" ", h("kbd", {"aria-hidden": "true"}, "⌫")] : null);
+  const dont = h("button", {type: "button", class: "dont", "data-value": study.dont_know.value, onclick: () => give(study.dont_know.value)}, fine ? h("kbd", {"aria-hidden": "true"}, "0") : null, h("span", {}, study.dont_know.label));
   const title = h("h1", {id: "question", tabindex: "-1"}, study.question);
   main.replaceChildren(h("div", {class: "trial"}, title, h("div", {class: "look"}, frame, clock, asks, solution),
-    h("div", {role: "group", "aria-labelledby": "question"}, filter ? h("div", {class: "filter"}, filter) : null, list, none, h("div", {class: "dont"}, dont, undo))));
-  screen = {block: state.block, image, frame, asks, solution, clock, items, filter, list, none, dont, undo, title, open: false, from: 0, timer: 0};
+    h("div", {role: "group", "aria-labelledby": "question"}, filter ? h("div", {class: "filter"}, filter, dont) : null, list, none, filter ? null : dont)));
+  screen = {block: state.block, image, frame, asks, solution, clock, items, filter, list, none, dont, title, open: false, from: 0, timer: 0};
 }
 
 function narrow() {
@@ -199,7 +199,7 @@ function narrow() {
   if (screen.match) spoken.textContent = `${screen.match.label}: Enter`;
 }
 
-function buttons(disabled) { for (const button of main.querySelectorAll(".choices button, .dont button")) button.disabled = disabled; }
+function buttons(disabled) { for (const button of main.querySelectorAll(".choices button, .dont")) button.disabled = disabled; }
 
 async function trial() {
   if (!screen || screen.block !== state.block) build();
@@ -208,8 +208,7 @@ async function trial() {
   here.solution.replaceChildren();
   here.asks.hidden = !mine.instructed;
   here.asks.replaceChildren(...(mine.instructed ? ["For this one, please choose ", h("b", {}, mine.instructed.label), ", whatever it shows."] : []));
-  here.undo.hidden = !state.undo;
-  here.undo.dataset.trial = state.undo || "";
+  $("undo").hidden = !state.undo;
   for (const button of main.querySelectorAll(".chosen")) button.classList.remove("chosen");
   if (here.filter) { here.filter.value = ""; narrow(); }
   here.frame.classList.add("waiting");
@@ -273,11 +272,11 @@ async function give(value) {
 }
 
 async function takeBack() {
-  const trialId = screen && screen.undo.dataset.trial;
-  if (!trialId || !screen.open) return;
+  const last = state && state.undo;
+  if (!last || !screen || !screen.open) return;
   screen.open = false;
   buttons(true);
-  try { state = await call("undo", {trial: trialId}); trial(); }
+  try { state = await call("undo", {trial: last}); trial(); }
   catch { await resume(); }
 }
 
@@ -305,7 +304,7 @@ document.addEventListener("keydown", event => {
   }
   if (!screen || !screen.open || event.repeat || (typing && !inFilter)) return;
   if (event.key === "0" && empty) { event.preventDefault(); give(study.dont_know.value); }
-  else if (event.key === "Backspace" && empty) { if (!screen.undo.hidden) { event.preventDefault(); takeBack(); } }
+  else if (event.key === "Backspace" && empty) { if (state.undo) { event.preventDefault(); takeBack(); } }
   else if (event.key === "Escape" && screen.filter) { screen.filter.value = ""; narrow(); }
   else if (!screen.filter && /^[1-9]$/.test(event.key) && screen.items[event.key - 1]) { event.preventDefault(); give(screen.items[event.key - 1].choice.value); }
   else if (["ArrowDown", "ArrowUp"].includes(event.key)) {
@@ -330,5 +329,7 @@ async function start(again = false) {
 }
 
 $("delete").addEventListener("click", remove);
+$("undo").addEventListener("click", takeBack);
+if (fine) $("undo").append(" ", h("kbd", {"aria-hidden": "true"}, "⌫"));
 window.addEventListener("hashchange", () => { const given = new URLSearchParams(location.hash.slice(1)).get("k"); if (given && given !== key) location.reload(); });
 start();
