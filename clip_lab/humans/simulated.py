@@ -62,7 +62,7 @@ def simulate(
     trials: pd.DataFrame | None = None,             # from `trial_frame`, to save time when called often
 ) -> pd.DataFrame:                                  # participant, seat, trial, block, shots, kind, picture, truth, answer, seconds, at
     "The answers of one simulated person per seat."
-    t, rng = trial_frame(study, seats) if trials is None else trials, np.random.default_rng(seed)
+    t, rng = (trial_frame(study, seats) if trials is None else trials).reset_index(drop=True), np.random.default_rng(seed)
     person, who = pd.factorize(t.seat)
     picture, what = pd.factorize(t.picture)
     truth, C = pd.Index(study.classes).get_indexer(t.truth), len(study.classes)
