@@ -97,13 +97,15 @@ def spread(
     "The variance of a statistic of the answers over people and pictures."
     person, picture, truth = (pd.factorize(answers[c])[0] for c in ("participant", "picture", "truth"))
     rng, none = np.random.default_rng(seed), np.zeros(len(answers), dtype=int)
-    n, P, C = person.max() + 1, picture.max() + 1, truth.max() + 1
+    n, P = person.max() + 1, picture.max() + 1
     def variance(unit, stratum):
         values = statistic(_redrawn(unit, stratum, n_resamples, rng))
         return float(np.nanvar(values)) if np.isfinite(values).sum() > 1 else 0.0
     u = variance(person, none) if n > 1 else 0.0
     v, e = variance(picture, truth) if P > 1 else 0.0, variance(np.arange(len(answers)), truth) if n > 1 and P > 1 else 0.0
-    df = (u + v) ** 2 / (u ** 2 / max(n - 1, 1) + v ** 2 / max(P - C, 1)) if u + v > 0 else 1.0
+    sizes = np.bincount(truth[np.unique(picture, return_index=True)[1]])                # pictures of each class
+    free = (sizes[sizes > 1] - 1).sum() + max((sizes == 1).sum() - 1, 0)                # their degrees of freedom; single ones are one pool
+    df = (u + v) ** 2 / (u ** 2 / max(n - 1, 1) + v ** 2 / max(free, 1)) if u + v > 0 else 1.0
     return Spread(max(u + v - e, v), df, int(n), int(P), (u, v, e))
 
 def _share(value: float, s: Spread, n: int, level: float) -> Estimate:
@@ -114,9 +116,9 @@ def _share(value: float, s: Spread, n: int, level: float) -> Estimate:
         if 0 < value < 1: return Estimate(value, 0.0, 1.0, n, level, "not known: nothing varies")
         low, high = interval(round(value * s.pictures), s.pictures, level)
         return Estimate(value, float(low), float(high), n, level, "wilson over pictures")
-    half = t.ppf((1 + level) / 2, s.df) * np.sqrt(s.variance) / (value * (1 - value))
-    low, high = 1 / (1 + np.exp(-(np.log(value / (1 - value)) + np.array([-half, half]))))
-    return Estimate(value, float(low), float(high), n, level, method)
+    c, size = t.ppf((1 + level) / 2, s.df), value * (1 - value) / s.variance             # as many independent observations would vary as much
+    low, high = (value + c * c / (2 * size) + np.array([-c, c]) * np.sqrt(s.variance + (c / size) ** 2 / 4)) / (1 + c * c / size)
+    return Estimate(value, max(0.0, float(low)), min(1.0, float(high)), n, level, method)
 
 def _effect(value: float, s: Spread, n: int, level: float, measure: str) -> Effect:
     "A difference or a slope with its interval."

@@ -74,7 +74,7 @@ def simulate(
     answer = np.where(knows | (rng.random(len(t)) < crowd.hunch), truth, other)
     answer[~knows & (rng.random(len(t)) < crowd.dont_know)] = C
     asked = pd.Index(study.classes).get_indexer(t.wanted)
-    answer = np.where((t.kind == "attention") & (t.wanted != t.truth), asked, answer)            # who reads does as told
+    answer = np.where(t.kind == "attention", asked, answer)                                      # who looks and reads passes a check
     careless = (rng.random(len(who)) < crowd.careless)[person]
     answer = np.where(careless | (rng.random(len(t)) < crowd.lapse), anything, answer)
     seconds = np.where(careless, 0.25, crowd.seconds * np.where(knows, 1, 1.8) * (1 + 0.5 * np.exp(-t.number / 10))) * np.exp(rng.normal(0, 0.35, len(t)))
