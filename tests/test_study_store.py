@@ -203,6 +203,7 @@ print(json.dumps(seats))
 """
 
 
+@pytest.mark.slow
 def test_two_servers_start_together_and_deal_every_seat_once(url):
     "Both find an empty database, both bring it to the newest schema, both deal."
     changes = json.dumps(SMALL | {"repeats": 5, "participants": 60})
