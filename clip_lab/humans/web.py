@@ -25,8 +25,8 @@ import threading
 import time
 
 try:
+    from anyio import CapacityLimiter, to_thread
     from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
@@ -128,7 +128,12 @@ class Participants:
     "The endpoints of the participant's page on one store."
     def __init__(self, store: Store, enrolments: Limit | None = None):
         self.store, self.enrolments, self.codes = store, enrolments or Limit(120, 60), Limit(10, 300)
-        self.png = lru_cache(4096)(store.study.png)
+        self.png, self.threads = lru_cache(2048)(store.study.png), CapacityLimiter(2 if store.one_at_a_time else 16)
+
+    def warm(self):
+        "Make the pictures of the first seats before somebody waits for them."
+        for key in dict.fromkeys([k for shots in self.store.study.blocks for keys in self.store.study.examples(shots).values() for k in keys] + [t.picture for seat in range(1, min(self.store.study.seats, 20) + 1) for t in self.store.plan(seat)[0]]):
+            self.png(key)
 
     def routes(self) -> list[Route]:
         post = {"enrol": self.enrol, "state": self.state, "answer": self.answer, "undo": self.undo, "delete": self.delete}
@@ -137,8 +142,10 @@ class Participants:
 
     async def _reply(self, request, values, act, **more) -> JSONResponse:
         key, language = _key(request), self._language(values.get("language"))
-        person = await run_in_threadpool(act, key)
+        person = await self._in_turn(act, key)
         return JSONResponse(person_reply(self.store, person, key, language, **more))
+
+    async def _in_turn(self, act, *arguments): return await to_thread.run_sync(act, *arguments, limiter=self.threads)
 
     def _language(self, name) -> str | None: return name if isinstance(name, str) and name in self.store.study.design.languages else None
 
@@ -147,11 +154,11 @@ class Participants:
     async def health(self, request):
         def ask():
             with self.store.reading() as c: c.exec_driver_sql("SELECT 1")
-        await run_in_threadpool(ask)
+        await self._in_turn(ask)
         return JSONResponse({"ok": True, "study": self.store.study.design.name, "design": self.store.study.design.hash})
 
     async def picture(self, request):
-        try: data = await run_in_threadpool(self.png, request.path_params["key"])
+        try: data = await to_thread.run_sync(self.png, request.path_params["key"])
         except KeyError: raise HTTPException(404, "there is no such picture") from None
         return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=86400, immutable"})
 
@@ -177,7 +184,7 @@ class Participants:
     async def delete(self, request):
         code = _text(await read_body(request), "code")
         if wait := self.codes.wait(who := _address(request)): return _too_often(wait)
-        try: n = await run_in_threadpool(self.store.delete, code)
+        try: n = await self._in_turn(self.store.delete, code)
         except Refused:
             self.codes.count(who)
             raise
@@ -228,7 +235,7 @@ class Door:
     async def export(self, request) -> Response:
         name = request.url.path.rsplit("/", 1)[1]
         if name not in EXPORTS: raise HTTPException(404, f"there is no such file; there is {', '.join(EXPORTS)}")
-        kind, data = await run_in_threadpool(export, self.store, name)
+        kind, data = await to_thread.run_sync(export, self.store, name)
         return Response(data, media_type=kind, headers={"Content-Disposition": f'attachment; filename="{self.store.study.design.name}-{name}"', "Cache-Control": "no-store"})
 
     def _leave(self) -> Response:
@@ -284,7 +291,9 @@ def study_app(
     async def lost(request, error): return _said(404, "page", "There is nothing here.")
     async def wrong(request, error): return _said(405, "method", "This address is used in another way.")
     async def broken(request, error): return _said(500, "server", "Something went wrong on the server. What was acknowledged is stored; please try again.")
-    routes = [Route("/", page), *(Route(f"/{name}", asset) for name in FILES), *Participants(store, Limit(enrolments, 60)).routes()]
+    participants = Participants(store, Limit(enrolments, 60))
+    threading.Thread(target=participants.warm, daemon=True).start()
+    routes = [Route("/", page), *(Route(f"/{name}", asset) for name in FILES), *participants.routes()]
     app = Starlette(routes=routes, exception_handlers={404: lost, 405: wrong, 500: broken})
     if researcher: researcher(app)
     app.add_middleware(Door, token=token, store=store)

@@ -185,18 +185,26 @@ function build() {
   screen = {block: state.block, image, frame, asks, solution, clock, items, filter, list, none, dont, title, open: false, from: 0, timer: 0};
 }
 
+// What is typed fits an answer of which it is all, the beginning, or the beginning of a later word; in this order one of them is taken by Enter.
+function fit(text, wanted) {
+  if (text === wanted) return 3;
+  if (text.startsWith(wanted)) return 2;
+  const words = text.split(/[\s(-]+/);
+  return words.some((_, i) => words.slice(i).join(" ").startsWith(wanted)) ? 1 : 0;
+}
+
 function narrow() {
   const wanted = screen.filter.value.trim().toLocaleLowerCase();
-  const fits = text => text.toLocaleLowerCase().split(/[\s(–-]+/).some((_, i, words) => words.slice(i).join(" ").startsWith(wanted)) || text.toLocaleLowerCase().startsWith(wanted);
-  let first = null;
-  for (const {choice, item} of screen.items) {
-    item.hidden = wanted !== "" && !fits(choice.label);
-    item.classList.toggle("first", wanted !== "" && !item.hidden && !first);
-    if (!item.hidden) first = first || choice;
+  let best = null, most = 0;
+  for (const entry of screen.items) {
+    const how = wanted === "" ? 1 : fit(entry.choice.label.toLocaleLowerCase(), wanted);
+    entry.item.hidden = !how;
+    entry.item.classList.remove("first");
+    if (how > most) { most = how; best = entry; }
   }
-  screen.none.hidden = first !== null;
-  screen.match = wanted === "" ? null : first;
-  if (screen.match) spoken.textContent = `${screen.match.label}: Enter`;
+  screen.none.hidden = best !== null;
+  screen.match = wanted === "" ? null : best && best.choice;
+  if (screen.match) { best.item.classList.add("first"); spoken.textContent = `${screen.match.label}: Enter`; }
 }
 
 function buttons(disabled) { for (const button of main.querySelectorAll(".choices button, .dont")) button.disabled = disabled; }
@@ -205,6 +213,7 @@ async function trial() {
   if (!screen || screen.block !== state.block) build();
   const here = screen, mine = state.trial;
   here.open = false;
+  buttons(true);
   here.solution.replaceChildren();
   here.asks.hidden = !mine.instructed;
   here.asks.replaceChildren(...(mine.instructed ? ["For this one, please choose ", h("b", {}, mine.instructed.label), ", whatever it shows."] : []));
@@ -232,8 +241,8 @@ async function trial() {
 async function painted(image, source) {
   for (let tries = 0; ; tries++) {
     image.src = tries ? `${source}?${tries}` : source;
-    try { await image.decode(); say(""); return; }
-    catch { if (tries > 1) say("The picture does not arrive. The page keeps trying."); await sleep(Math.min(8000, 400 * 2 ** tries)); }
+    try { await image.decode(); if (tries > 1) say(""); return; }
+    catch { if (tries) say("The picture does not arrive. The page keeps trying."); await sleep(Math.min(8000, 400 * 2 ** tries)); }
   }
 }
 
