@@ -82,7 +82,7 @@ def section(title, text): return gr.HTML(f'<div class="cl-section"><h2>{title}</
 
 design = STORE.study.design
 with gr.Blocks(title=f"Study {design.name}: clip_lab", analytics_enabled=False) as demo:
-    gr.HTML(f'<header class="cl-head"><h1>How is the study going?</h1><p>{escape(design.title)}. Version {design.version}, design {design.hash}. '
+    gr.HTML(f'<header class="cl-head"><h1>How is the study going?</h1><p>{escape(design.title)}. Version {design.version}, design {design.hash}.<br>'
             f'<a href="{PARTICIPANTS}" target="_blank" rel="noopener">Open the page of the participants</a>' + ("" if HERE else ' · <a href="/researcher/logout">Close these pages</a>')
             + (f"<br>This is the demo: {SIMULATED} of its people are simulated, and its answers are gone when it stops." if DEMO else "") + "</p></header>")
     note = gr.HTML(elem_classes="cl-sticky")

@@ -224,6 +224,7 @@ async function trial() {
   clearTimeout(here.timer);
   here.clock.hidden = true;
   progress();
+  scrollTo(0, 0);
   spoken.textContent = `${mine.practice ? "Practice. " : ""}Picture ${state.done + 1} of ${state.of}. ${mine.instructed ? `Please choose ${mine.instructed.label}.` : ""}`;
   here.image.alt = `The picture to name, number ${state.done + 1} of ${state.of}. It is not described, because its name is the answer.`;
   await painted(here.image, `/picture/${mine.picture}.png`);
