@@ -208,7 +208,7 @@ def table2(
         block, used = block.reset_index(drop=True), _used(block)
         for name, statistic in _numbers(block).items():
             about = used[name]
-            if about["n"]: about = about | _row(_share(float(statistic(np.ones((1, len(block)), np.float32))[0]), spread(block, statistic, n_resamples, seed), about["n"], level))
+            if about["n"]: about = about | _row(_share(float(statistic(np.ones((1, len(block)), np.float32))[0]), replace(spread(block, statistic, n_resamples, seed), pictures=about["pictures"]), about["n"], level))
             rows.append(dict(shots=int(shots), metric=name, estimate=np.nan, low=np.nan, high=np.nan) | about | ({} if about["n"] else {"method": "nothing to count"}))
     return pd.DataFrame(rows)
 

@@ -245,7 +245,7 @@ class Study:
         "Why the design cannot be carried out with these pictures."
         d, n, says = self.design, len(self.pictures), []
         lacking = [c for c in self.classes if c not in set(self.pictures.values())]
-        if lacking: says.append(f"no study picture of {', '.join(lacking[:5])}{f' and {len(lacking) - 5} more' if len(lacking) > 5 else ''}; leave the class out")
+        if lacking: says.append(f"no study picture of {', '.join(lacking[:5])}{f' and {len(lacking) - 5} more' if len(lacking) > 5 else ''}{f' ({len(self.left_out)} pictures were left out as copies of others)' if self.left_out else ''}; leave the class out")
         if d.pictures_per_participant > n: return [*says, f"a participant sees {d.pictures_per_participant} pictures a block, but there are {n}; lower pictures_per_participant"]
         others = len(d.shots) if d.order == "ascending" and not d.same_pictures else 1
         if others * d.pictures_per_participant > n: says.append(f"{others} blocks of {d.pictures_per_participant} other pictures need {others * d.pictures_per_participant}, there are {n}")
@@ -301,7 +301,7 @@ class Study:
         scale = self.design.display / max(picture.size)
         small = picture.resize([max(1, round(scale * side)) for side in picture.size], Image.Resampling.LANCZOS)
         small.info = {}
-        small.save(file := BytesIO(), "PNG", optimize=True)
+        small.save(file := BytesIO(), "PNG")
         return file.getvalue()
 
     def words(self, language: str | None = None) -> dict:      # title, question, dont_know, consent (dict), classes (class -> shown name)
