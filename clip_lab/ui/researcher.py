@@ -51,7 +51,7 @@ def people_html(store: Store) -> str:
     t = people_table(store)
     if t.empty: return '<p class="cl-muted">Nobody has come yet.</p>'
     answers = answers_table(store)
-    why = apply_exclusions(answers, store.study)[1].why if len(answers) else pd.Series(dtype=object)
+    why = apply_exclusions(answers, store.study)[1].set_index("participant").why if len(answers) else pd.Series(dtype=object)
     share = lambda s: ["" if pd.isna(v) else f"{v:.0%}" for v in s]
     rows = pd.DataFrame({"participant": t.participant, "seat": t.seat, "state": t.state, "answered": [f"{a} of {b}" for a, b in zip(t.answered, t.of)], "minutes": t.minutes, "checks passed": t["checks passed"], "don't know": share(t["don't know"]),
                          "too fast": share(t["too fast"]), "median s": t["median seconds"], "taken back": t["taken back"], "would be excluded": [why.get(p, "") or "no" for p in t.participant]})
