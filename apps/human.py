@@ -19,7 +19,7 @@ from clip_lab.cli import model_table
 from clip_lab.humans.models import model_answers
 from clip_lab.humans.simulated import Crowd, simulate
 from clip_lab.humans.store import Store, Unavailable, check_finish_codes
-from clip_lab.humans.web import arguments, open_store, serve, study_app
+from clip_lab.humans.web import arguments, open_store, person_scores, serve, study_app
 from clip_lab.pretrained import load
 from clip_lab.ui.plots import table_html
 from clip_lab.ui.researcher import balance_html, exports_html, people_html, recruitment_html, results_html
@@ -28,23 +28,36 @@ SIMULATED = 6        # people of the demo who are not real; the next ones are
 
 def read_options():
     "The words of the command line, and the environment's; `gradio` gives none."
-    return arguments(__doc__.splitlines()[0]).parse_args(sys.argv[1:] if __name__ == "__main__" else [])
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--tell-scores", action="store_true", help="tell people at the end how they and the shipped model did; not while others are still to come")
+    return parser.parse_args(sys.argv[1:] if __name__ == "__main__" else [])
 
 def demo_store(options) -> Store:
     "The demo study in a temporary file, with a few simulated people in it, so that its pages are not empty."
-    options.db = f"sqlite:///{tempfile.mkdtemp(prefix='clip-lab-study-')}/demo.db"
+    folder = tempfile.TemporaryDirectory(prefix="clip-lab-study-")       # removed when Python ends
+    options.db = f"sqlite:///{folder.name}/demo.db"
     store = open_store(options)
+    store.folder = folder
     answers = simulate(store.study, Crowd(skill=0.35), seats=range(1, SIMULATED + 1), seed=0)
     for seat, rows in answers.groupby("seat"):
         store.enrol(key := store.ticket())
         for row in rows.itertuples(): store.answer(key, row.trial, row.answer, min(row.seconds, 4.9))       # a time that the server can believe
     return store
 
+def answers_of(name: str):
+    "The answers of a model to the pictures of this study, computed once."
+    if name not in FOUND: FOUND[name] = model_answers(STORE.study, *load(name, local_files_only=True))
+    return FOUND[name]
+
+def scores(person) -> list:
+    "What the last page tells a participant."
+    return person_scores(STORE, person, answers_of("emoji"))
+
 def alone(store: Store) -> str:
     "The participant's page of the demo on a port of its own, for `gradio apps/human.py`; its address."
     import secrets, socket, uvicorn
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(study_app(store, secrets.token_urlsafe(24)), port=port, log_level="warning", access_log=False))
+    server = uvicorn.Server(uvicorn.Config(study_app(store, secrets.token_urlsafe(24), scores=scores), port=port, log_level="warning", access_log=False))
     threading.Thread(target=server.run, daemon=True).start()
     return f"http://127.0.0.1:{port}/"
 
@@ -65,9 +78,7 @@ def state():
 def results(asked: bool, name: str):
     "The analysis against a model, when it was asked for."
     if not asked: return '<p class="cl-muted">Hidden. Looking at results before the end tempts one to stop when they look good.</p>'
-    try:
-        if name not in FOUND: FOUND[name] = model_answers(STORE.study, *load(name, local_files_only=True))
-        return results_html(STORE, FOUND[name], name, f"people ({SIMULATED} of them simulated)" if DEMO else "people")
+    try: return results_html(STORE, answers_of(name), name, f"people ({SIMULATED} of them simulated)" if DEMO else "people")
     except FileNotFoundError: return note_html(f"{name} is not on this machine yet. To fetch it once, run: clip-lab models --fetch {name}")
     except (Unavailable, ValueError) as error: return note_html(str(error))
 
@@ -121,4 +132,4 @@ def add_pages(app):
 
 if __name__ == "__main__":
     if HERE: demo.launch(**launch_options())
-    else: serve(OPTIONS, STORE, add_pages)
+    else: serve(OPTIONS, STORE, add_pages, scores if DEMO or OPTIONS.tell_scores else None)

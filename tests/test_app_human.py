@@ -44,7 +44,7 @@ class App:
     def __init__(self, folder: Path):
         self.study, self.url, self.port = open_study(demo_design(**SMALL)), f"sqlite:///{folder}/study.db", free_port()
         save_design(self.study.design, folder / "study.yaml")
-        self.words = [sys.executable, str(APP), "--study", str(folder / "study.yaml"), "--db", self.url, "--port", str(self.port), "--admin-token", TOKEN]
+        self.words = [sys.executable, str(APP), "--study", str(folder / "study.yaml"), "--db", self.url, "--port", str(self.port), "--admin-token", TOKEN, "--tell-scores"]
         self.home, self.store, self.process = f"http://127.0.0.1:{self.port}", Store(self.url, self.study), None
         for seat, rows in simulate(self.study, Crowd(skill=0.35), seats=range(1, 7), seed=0).groupby("seat"):
             self.store.enrol(key := self.store.ticket())
@@ -229,6 +229,11 @@ def test_a_participant_by_keyboard_alone_while_the_server_is_killed(app, visit):
     assert kills == len(KILLED_AT) and undone and mine.trial.tolist() == [t.id for t in person.trials] and mine.answer.tolist() == [a for _, a in answered]
     assert (mine.timed_by == "browser").all() and (mine.seconds > 0).all()
     assert page.locator(".keep code").all_inner_texts()[0] == app.store.finish_code(person)
+    page.get_by_role("heading", name="And the model?").wait_for()
+    told = page.locator("dl dd").all_inner_texts()
+    for shots, text in zip(app.study.blocks, told, strict=True):
+        block = mine[(mine.kind == "study") & (mine.shots == shots)]
+        assert text.startswith(f"you {(block.answer == block.truth).sum()} of {len(block)}, the model ")
     assert page.evaluate("localStorage.length") == 0                    # the device forgets a finished participant
 
 
@@ -256,6 +261,8 @@ def test_a_participant_on_a_phone(app, visit):
         stored(page, before)
     person, rows = app.store.come_back(key), answers_table(app.store)
     assert rows[rows.participant == person.id].answer.tolist() == [a for _, a in answered] and person.finished
+    page.get_by_role("heading", name="And the model?").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 # ---- two windows, somebody else at the same device, deleting

@@ -194,6 +194,15 @@ def test_deleting_over_http(client, store):
     assert set(answers_table(store).participant) == {two.state["participant"]}
 
 
+def test_scores_are_told_only_to_who_finished_and_only_when_they_are_on(store, study):
+    silent, telling = Someone(TestClient(study_app(store, TOKEN))), Someone(TestClient(study_app(store, TOKEN, scores=lambda person: [{"who": person.id}])))
+    assert telling.post("scores").json() == {"scores": []}
+    for someone in (silent, telling):
+        while someone.state["trial"]: someone.answer()
+    assert silent.post("scores").json() == {"scores": []} and telling.post("scores").json() == {"scores": [{"who": telling.state["participant"]}]}
+    assert telling.client.get("/api/study").json()["scores"] is True and silent.client.get("/api/study").json()["scores"] is False
+
+
 def test_a_full_study_says_so(tmp_path):
     study = open_study(demo_design(**DESIGN | {"repeats": 1}))
     client = TestClient(study_app(Store(f"sqlite:///{tmp_path}/s.db", study), TOKEN))

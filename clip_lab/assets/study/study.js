@@ -132,6 +132,15 @@ function finish() {
     toKeep("Delete code", state.delete_code, "Deletes all of your answers, at any time."));
   try { localStorage.removeItem(STORED); } catch { /* nothing was remembered */ }
   key = own;
+  if (study.scores) scores();
+}
+
+async function scores() {
+  const examples = shots => shots === 0 ? "without examples" : shots === 1 ? "with an example of each" : `with ${shots} examples of each`;
+  const told = (await call("scores", {})).scores;
+  if (!told.length) return;
+  main.firstChild.append(h("h2", {}, "And the model?"), h("p", {class: "small"}, "Right answers to the same pictures. Without examples it compares the picture with each name; with examples it takes the most similar one."),
+    h("dl", {}, told.map(row => h("div", {}, h("dt", {}, examples(row.shots)), h("dd", {}, `you ${row.you} of ${row.of}, the model ${row.model} of ${row.of}`)))));
 }
 
 function stop(refusal) {
