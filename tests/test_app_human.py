@@ -318,6 +318,74 @@ def test_the_first_page_fits_and_is_read_aloud(visit, width, scheme):
     assert (ink, ground) == (("rgb(244, 244, 245)", "rgb(24, 24, 27)") if scheme == "dark" else ("rgb(39, 39, 42)", "rgb(255, 255, 255)"))
 
 
+# ---- other designs, on a server inside this process
+
+EVIL = "<img src=x onerror=document.title='owned'>"
+
+
+@pytest.fixture
+def other(tmp_path, browser):
+    "other(store changes...) -> (page, store) of a small study with four classes."
+    import threading
+    import uvicorn
+    from clip_lab.humans.web import study_app
+    servers, contexts = [], []
+    def go(searchable=False, **changes):
+        study = open_study(demo_design(**dict(classes=("Brazil", "Canada", "Japan", "Bhutan"), obvious=("Japan",), shots=(0,), pictures_per_participant=4, repeats=1, practice=0, checks=0) | changes))
+        study.searchable = searchable
+        store, port = Store(f"sqlite:///{tmp_path}/other.db", study), free_port()
+        server = uvicorn.Server(uvicorn.Config(study_app(store, TOKEN), port=port, log_level="warning"))
+        threading.Thread(target=server.run, daemon=True).start()
+        while not server.started: time.sleep(0.02)
+        servers.append((server, store))
+        contexts.append(browser.new_context(viewport={"width": 1280, "height": 900}))
+        page = contexts[-1].new_page()
+        page.goto(f"http://127.0.0.1:{port}/")
+        begin(page)
+        page.keyboard.press("Enter")
+        return page, store
+    yield go
+    for context in contexts: context.close()
+    for server, store in servers: server.should_exit = True; store.close()
+
+
+def trial_on(page):
+    while screen(page) != "trial": page.keyboard.press("Enter"); page.wait_for_timeout(60)
+
+
+@pytest.mark.browser
+def test_few_answers_have_digits_and_a_break_comes(other):
+    page, store = other(break_every=2)
+    trial_on(page)
+    assert page.get_by_label("Find an answer").count() == 0 and page.locator(".choices kbd").all_inner_texts() == ["1", "2", "3", "4"]
+    for key in "20":
+        before = page.locator("#place").inner_text()
+        page.keyboard.press("9")                                           # no such answer: nothing happens
+        page.keyboard.press(key)
+        stored(page, before)
+        if key == "2": trial_on(page)
+    page.get_by_role("heading", name="A short break").wait_for()
+    assert "2 of 4 are done and stored" in page.locator(".lead").inner_text()
+    assert answers_table(store).answer.tolist() == ["Canada", DONT_KNOW]
+
+
+@pytest.mark.browser
+def test_time_runs_out_as_i_dont_know(other):
+    page, store = other(time_limit=1)
+    trial_on(page)
+    page.locator(".time").wait_for()
+    until(page, "() => document.querySelector('main h1').textContent === 'Thank you'")
+    rows = answers_table(store)
+    assert (rows.answer == DONT_KNOW).all() and len(rows) == 4 and rows.seconds.between(0.95, 4).all()
+
+
+@pytest.mark.browser
+def test_texts_of_a_design_stay_text(other):
+    page, store = other(title=EVIL, question=EVIL, searchable=True)
+    trial_on(page)
+    assert page.get_by_role("heading", level=1).inner_text() == EVIL and page.title() == EVIL and page.locator("main img").count() == 1
+
+
 # ---- the researcher
 
 @pytest.mark.browser
