@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['METADATA', 'STUDY', 'PEOPLE', 'SEATS', 'ANSWERS', 'WITHDRAWN', 'PRAGMAS', 'MIGRATIONS', 'REFUSALS', 'FAULTS',
-           'LETTERS', 'COLUMNS', 'Utc', 'upgrade', 'Refused', 'Unavailable', 'delete_code', 'Person', 'Database',
-           'Store', 'answers_table', 'recruitment', 'people_table', 'balance_table', 'check_finish_codes']
+           'LETTERS', 'WHO', 'KEEP', 'STEP', 'COLUMNS', 'Utc', 'upgrade', 'Refused', 'Unavailable', 'delete_code',
+           'Person', 'Database', 'Store', 'answers_table', 'recruitment', 'people_table', 'balance_table',
+           'check_finish_codes']
 
 # %% ../../nbs/humans/54_store.ipynb #a77d8b2d
 from collections.abc import Mapping
@@ -207,6 +208,11 @@ class Database:
 def _now() -> datetime: return datetime.now(timezone.utc)
 
 # %% ../../nbs/humans/54_store.ipynb #241889fb
+# The three statements of every answer, built once.
+WHO = sa.select(PEOPLE).where(PEOPLE.c.link_hash == sa.bindparam("link")).with_for_update()
+KEEP = ANSWERS.insert()
+STEP = PEOPLE.update().where(PEOPLE.c.id == sa.bindparam("who")).values({"undoable": True, "seen": sa.bindparam("now"), "shown": sa.bindparam("now"), **{n: sa.bindparam(n) for n in ("done", "finished")}})
+
 class Store(Database):
     "People, seats and answers of one study. A key comes from `ticket`; every method that writes has committed when it returns."
     def ticket(self) -> str:
@@ -241,9 +247,9 @@ class Store(Database):
                 return self._person(row)
             now = _now()
             finished = now if place + 1 == len(trials) else None
-            c.execute(ANSWERS.insert().values(participant=row.id, answer=answer, at=now, **_timing(seconds, row.shown, now), **_asked(trials[place])))
-            c.execute(PEOPLE.update().where(PEOPLE.c.id == row.id).values(done=place + 1, undoable=True, seen=now, shown=now, finished=finished))
-            return self._person(self._row(c, key))
+            c.execute(KEEP, {"participant": row.id, "answer": answer, "at": now, **_timing(seconds, row.shown, now), **_asked(trials[place])})
+            c.execute(STEP, {"who": row.id, "done": place + 1, "now": now, "finished": finished})
+            return self._person(row, done=place + 1, undoable=True, finished=finished)
 
     def undo(self, key: str, trial: str) -> Person:
         "Take the last answer back, if the design allows it; it moves to `withdrawn`. The same again changes nothing."
@@ -291,7 +297,7 @@ class Store(Database):
             return self._person(self._row(c, key))
 
     def _row(self, c: sa.Connection, key: str):
-        return c.execute(sa.select(PEOPLE).where(PEOPLE.c.link_hash == _hash(key)).with_for_update()).first()
+        return c.execute(WHO, {"link": _hash(key)}).first()
 
     def _known(self, c: sa.Connection, key: str):
         self._check(key)
@@ -299,11 +305,12 @@ class Store(Database):
         if row.gone: raise Refused("gone")
         return row
 
-    def _person(self, row) -> Person:
-        trials = self.plan(row.seat)[0]
-        last, current = (trials[row.done - 1] if row.done else None), (trials[row.done] if row.done < len(trials) else None)
-        undoable = bool(self.study.design.undo and row.undoable and last and current and last.kind != "practice" and last.block == current.block)
-        return Person(row.id, row.seat, row.done, undoable, row.finished is not None, trials)
+    def _person(self, row, **changed) -> Person:         # changed: what was written since the row was read
+        now, trials = {**row._mapping, **changed}, self.plan(row.seat)[0]
+        done = now["done"]
+        last, current = (trials[done - 1] if done else None), (trials[done] if done < len(trials) else None)
+        undoable = bool(self.study.design.undo and now["undoable"] and last and current and last.kind != "practice" and last.block == current.block)
+        return Person(row.id, row.seat, done, undoable, now["finished"] is not None, trials)
 
     def _free_seat(self, c: sa.Connection, now: datetime) -> int:
         free = sa.select(SEATS.c.seat).where(SEATS.c.participant.is_(None)).order_by(SEATS.c.seat).limit(1).with_for_update(skip_locked=True)
