@@ -119,7 +119,8 @@ def _same(before: LabelSet, after: LabelSet) -> np.ndarray:     # (labels of aft
     "Which label of one set is which of the other, by name, else by words."
     by_name, left = {n: i for i, n in enumerate(before.names)}, [l.words for l in before.labels]
     found = np.array([by_name.get(n, -1) for n in after.names])
-    free = {w: i for i, w in enumerate(left) if i not in set(found)}
+    taken = set(found.tolist())
+    free = {w: i for i, w in enumerate(left) if i not in taken}
     return np.array([free.get(l.words, -1) if i < 0 else i for i, l in zip(found, after.labels)])
 
 def label_edits(before: LabelSet, after: LabelSet) -> Edits:
