@@ -37,10 +37,13 @@ data: .venv/.stamp-dev  ## rebuild the shipped pictures from the studios' packag
 	$(BIN)/python tools/build_data.py --work build/data
 
 bench: .venv/.stamp-dev  ## speed and memory beside the peers: bench/results/, shown in nbs/train/16_bench.ipynb and nbs/evals/30_bench.ipynb
+	$(PIP) -e '.[bench]'
+	$(BIN)/python bench/encode.py bench/results/encode.json
 	$(BIN)/python bench/train_step.py bench/results/train_step.json
 	$(BIN)/python bench/loss_memory.py bench/results/loss_memory.json --memory 8
 	$(BIN)/python bench/evals.py bench/results/evals.json
 	$(BIN)/python bench/audits.py bench/results/audits.json
+	$(BIN)/python bench/study_load.py bench/results/study_load.json
 
 clean:
 	rm -rf .venv
