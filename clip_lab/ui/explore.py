@@ -282,8 +282,6 @@ def report_link(view: View, before: View | None = None, source: dict | None = No
 EXPLORE_CSS = """
 :root { --cl-c0: #0072B2; --cl-c1: #D55E00; --cl-c2: #009E73; --cl-c3: #A8558A; --cl-c4: #9A6A00; --cl-c5: #5f5f68; }
 .dark { --cl-c0: #56B4E9; --cl-c1: #F0915A; --cl-c2: #35C59B; --cl-c3: #DD9CC0; --cl-c4: #E6B84A; --cl-c5: #a8a8b3; }
-.gradio-container { overflow: clip !important; }
-.cl-sticky { z-index: 100 !important; }
 .cl-about { border-left: 3px solid var(--cl-accent); padding: 0.1rem 0 0.1rem 0.9rem; margin: 0.4rem 0 1rem; color: var(--cl-ink); max-width: 52rem; }
 .cl-about p, .cl-about dd { margin: 0; overflow-wrap: anywhere; }
 .cl-about summary { color: var(--cl-accent); cursor: pointer; padding: 0.2rem 0; }
