@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'FEATURES', 'CLASSES', 'LITE', 'MEAN', 'STD', 'Lite', 'chan
            'EfficientNetLite', 'installed', 'weights_file', 'efficientnet_lite', 'LitePreprocess', 'lite_preprocess',
            'transform_of']
 
-# %% ../nbs/02c_efficientnet.ipynb #45a55a12
+# %% ../nbs/02c_efficientnet.ipynb #f931a783
 from dataclasses import dataclass
 from functools import partial
 import hashlib
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from .images import Preprocess, Source, centre_crop, eight_bit, on_background, open_image, resize, _upright
 
-# %% ../nbs/02c_efficientnet.ipynb #f7a9216b
+# %% ../nbs/02c_efficientnet.ipynb #a0069874
 @dataclass(frozen=True)
 class Lite:
     "One of the three networks, and where its weights come from."
@@ -45,7 +45,7 @@ def channels(base: int, width: float) -> int:
     n = max(8, int(base * width + 4) // 8 * 8)
     return n + 8 if n < 0.9 * base * width else n
 
-# %% ../nbs/02c_efficientnet.ipynb #c610b321
+# %% ../nbs/02c_efficientnet.ipynb #3963e816
 class SameConv2d(nn.Conv2d):
     "A convolution with TensorFlow's \"same\" padding."
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class SameConv2d(nn.Conv2d):
         down, right = (max((math.ceil(n / s) - 1) * s + k - n, 0) for n, k, s in ((high, kh, sh), (wide, kw, sw)))
         return super().forward(F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2)) if down or right else x)
 
-# %% ../nbs/02c_efficientnet.ipynb #c6243e01
+# %% ../nbs/02c_efficientnet.ipynb #b6c8b51a
 def _unit(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, active: bool = True) -> nn.Sequential:
     layers = [SameConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False), nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01)]
     return nn.Sequential(*layers, nn.ReLU6()) if active else nn.Sequential(*layers)
@@ -88,13 +88,14 @@ class EfficientNetLite(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:      # (n, 3, H, W) -> (n, 1280), not negative
         "What the last layer sees: the mean over places."
-        return self.head(self.blocks(self.stem(x))).mean((2, 3))
+        parts = x.split(4) if x.device.type == "cpu" and not self.training else (x,)
+        return torch.cat([self.head(self.blocks(self.stem(part))).mean((2, 3)) for part in parts])
 
     def forward(self, x: Tensor) -> Tensor:       # (n, 3, H, W) -> (n, 1000)
         "Logits of ImageNet's classes, in the order of `clip_lab.data.registry.words('imagenet')`."
         return self.classifier(self.features(x))
 
-# %% ../nbs/02c_efficientnet.ipynb #443b79df
+# %% ../nbs/02c_efficientnet.ipynb #119a3a49
 _NAMES = (("_conv_stem", "stem.0"), ("_conv_head", "head.0"), ("_fc", "classifier"), ("_expand_conv", "expand.0"), ("_depthwise_conv", "depthwise.0"), ("_project_conv", "project.0"))
 
 def _renamed(key: str) -> str:
@@ -127,7 +128,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()): raise ValueError(f"{file} holds no table of tensors; expected a state dict")
     return {_renamed(key): tensor for key, tensor in content.items()}
 
-# %% ../nbs/02c_efficientnet.ipynb #62031751
+# %% ../nbs/02c_efficientnet.ipynb #f3f03b55
 def efficientnet_lite(
     name: str = "efficientnet-lite0",        # one of LITE
     file: str | Path | None = None,          # weights; None: those of the installed package
@@ -145,7 +146,7 @@ def efficientnet_lite(
     model.load_state_dict(state)
     return model.eval()
 
-# %% ../nbs/02c_efficientnet.ipynb #8ce13eb7
+# %% ../nbs/02c_efficientnet.ipynb #6c300dfd
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PHOTOS', 'TOWER', 'LockedTower', 'LockedConfig', 'config_of', 'without_tower', 'with_tower']
 
-# %% ../nbs/02d_locked.ipynb #7fe291f9
+# %% ../nbs/02d_locked.ipynb #2499f2e1
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .efficientnet import CLASSES, FEATURES, LITE, STAGES, EfficientNetLite, efficientnet_lite
 from .model import CLIP, CLIPConfig
 
-# %% ../nbs/02d_locked.ipynb #88347c05
+# %% ../nbs/02d_locked.ipynb #f9c31d51
 class LockedTower(nn.Module):
     "A trained network that no longer changes, and a projection that may."
     def __init__(self, name: str, temperature: float, output_dim: int):
@@ -42,7 +42,7 @@ class LockedTower(nn.Module):
     def forward(self, x: Tensor) -> Tensor:                   # (n, 3, H, W) -> (n, output_dim)
         return self.project(self.tower.features(x))
 
-# %% ../nbs/02d_locked.ipynb #5ac49d01
+# %% ../nbs/02d_locked.ipynb #a9784001
 @dataclass(frozen=True)
 class LockedConfig(CLIPConfig):
     "The shape of a CLIP with a locked image tower."
@@ -63,9 +63,9 @@ def config_of(values: dict) -> CLIPConfig:
     "A configuration from the plain values of `to_dict`, of whichever kind it was."
     return (LockedConfig if "tower" in values else CLIPConfig).from_dict(values)
 
-PHOTOS = LockedConfig("photos", 256, context_length=32, vocab_size=6144 + 514, text_width=256, text_heads=4, text_layers=2, activation="gelu")
+PHOTOS = LockedConfig("photos", 224, context_length=32, vocab_size=9216 + 514, text_width=256, text_heads=4, text_layers=1, activation="gelu")
 
-# %% ../nbs/02d_locked.ipynb #7140a156
+# %% ../nbs/02d_locked.ipynb #40d969ca
 TOWER = "visual.tower."
 
 def without_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
