@@ -48,6 +48,12 @@ class CLIPConfig:
 
     def to_dict(self) -> dict: return asdict(self)
 
+    def image_tower(self) -> nn.Module:
+        "An untrained image tower of this shape; a kind of configuration with another tower says so here."
+        heads = self.vision_heads or (self.vision_width if self.is_vit else 32 * self.vision_width) // 64
+        if not self.is_vit: return ModifiedResNet(self.vision_layers, self.embed_dim, heads, self.image_resolution, self.vision_width)
+        return VisionTransformer(self.image_resolution, self.vision_patch_size, self.vision_width, self.vision_layers, heads, self.embed_dim, self.activation)
+
     @classmethod
     def from_dict(cls, d: dict) -> "CLIPConfig":
         "The configuration in `d`; a key that is not a field is a ValueError."
@@ -236,9 +242,7 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = c = config
-        heads = c.vision_heads or (c.vision_width if c.is_vit else 32 * c.vision_width) // 64
-        self.visual = (VisionTransformer(c.image_resolution, c.vision_patch_size, c.vision_width, c.vision_layers, heads, c.embed_dim, c.activation)
-                       if c.is_vit else ModifiedResNet(c.vision_layers, c.embed_dim, heads, c.image_resolution, c.vision_width))
+        self.visual = c.image_tower()
         self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, c.activation, causal=True)
         self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
         self.positional_embedding = nn.Parameter(torch.randn(c.context_length, c.text_width) * 0.01)
@@ -248,9 +252,9 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     @property
-    def dtype(self) -> torch.dtype: return self.visual.conv1.weight.dtype
+    def dtype(self) -> torch.dtype: return self.text_projection.dtype
     @property
-    def device(self) -> torch.device: return self.visual.conv1.weight.device
+    def device(self) -> torch.device: return self.text_projection.device
     @property
     def context_length(self) -> int: return self.config.context_length
     @property
