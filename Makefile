@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PORT ?= 7860
 
-.PHONY: demo test sync card weights detector data bench clean
+.PHONY: demo test docs sync card weights detector data bench clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.stamp-apps  ## classify shipped pictures, print the measured accuracy, open the app (APP=0: no app)
@@ -15,6 +15,9 @@ test: .venv/.stamp-dev  ## library and notebooks in sync and clean, README up to
 	$(BIN)/python tools/sync.py --check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+docs: .venv/.stamp-dev  ## the notebooks as a site with search, build/docs/html/index.html; dead links and pictures without alt text fail it
+	$(BIN)/python tools/docs.py
 
 sync: .venv/.stamp-dev  ## after editing a notebook: export the library, clean the notebooks, write the README
 	$(BIN)/python tools/sync.py
@@ -34,10 +37,13 @@ data: .venv/.stamp-dev  ## rebuild the shipped pictures from the studios' packag
 	$(BIN)/python tools/build_data.py --work build/data
 
 bench: .venv/.stamp-dev  ## speed and memory beside the peers: bench/results/, shown in nbs/train/16_bench.ipynb and nbs/evals/30_bench.ipynb
+	$(PIP) -e '.[bench]'
+	$(BIN)/python bench/encode.py bench/results/encode.json
 	$(BIN)/python bench/train_step.py bench/results/train_step.json
 	$(BIN)/python bench/loss_memory.py bench/results/loss_memory.json --memory 8
 	$(BIN)/python bench/evals.py bench/results/evals.json
 	$(BIN)/python bench/audits.py bench/results/audits.json
+	$(BIN)/python bench/study_load.py bench/results/study_load.json
 
 clean:
 	rm -rf .venv

@@ -17,6 +17,7 @@ import torch
 
 from clip_lab.cli import model_table
 from clip_lab.data import emoji
+from clip_lab.data.export import csv_text
 from clip_lab.evals.prompts import SOURCES, TEMPLATES, templates_for
 from clip_lab.evals.wording import contributions, read_labels, read_templates
 from clip_lab.evals.zeroshot import TextWeights, classify_features
@@ -87,7 +88,7 @@ def show(picture, labels, templates, name, seen):
             name = seen["of"][1] if seen else "emoji"
             kept = f"Still answering with {name}."
         return {note: note_html(str(error), kept), model_name: name}
-    files = {"answers.csv": ("text/csv", answers.to_csv(index=False)),
+    files = {"answers.csv": ("text/csv", csv_text(answers)),
              "answers.json": ("application/json", json.dumps(measured | {"answers": answers.to_dict("records")}, indent=1, ensure_ascii=False))}
     return {note: "", verdict: verdict_html(answers), bars: bars_html(answers), table: table_html(answers.rename(columns={"classname": "label"}), "Every label, the most probable first") + download_links(files),
             voices: table_html(wording, f"What each template would answer alone, and what it adds to “{answers.classname[0]}”"),

@@ -33,6 +33,7 @@ CUDA_CASES = ("ViT-B/32:1024:bf16", "RN50:256:bf16")
 
 def open_clip_modules():
     "model.py and loss.py of open_clip, without torchvision, which they import for one class that a step never uses."
+    if "open_clip.loss" in sys.modules: return sys.modules["open_clip.model"], sys.modules["open_clip.loss"]
     spec = importlib.util.find_spec("open_clip")
     if spec is None: raise SystemExit("open_clip is not installed (pip install --no-deps open-clip-torch)")
     package = types.ModuleType("open_clip")

@@ -125,7 +125,7 @@ def results_list(folder: _FOLDER = Path("results"), as_csv: Annotated[bool, type
     "A line for each stored evaluation, or every estimate as CSV."
     from clip_lab.evals.results import Results
     table = Results(folder).table()
-    if as_csv: return print(table.to_csv(index=False), end="")
+    if as_csv: return print(_csv(table), end="")
     if table.empty: return print(f"{folder} holds no results; `clip-lab eval` makes them.")
     first = table.drop_duplicates("id").sort_values(["model", "data", "target", "task"])
     print(columns_text(first.assign(estimate=[_number(m, e) for m, e in zip(first.metric, first.estimate)], n=first.n.map("{:,}".format))[["id", "model", "data", "target", "task", "subset", "metric", "estimate", "n"]].astype(str)))
@@ -155,6 +155,11 @@ def results_compare(first: Annotated[str, typer.Argument(help="The first letters
     print(columns_text(shown[["subset", "metric", "first", "second", "difference", "p", "n", "how"]].astype(str)))
 
 # %% ../nbs/71_cli_evals.ipynb #854bf350
+def _csv(table) -> str:
+    "The table as CSV that a spreadsheet may open."
+    from clip_lab.data.export import csv_text
+    return csv_text(table)
+
 _ROOT = Annotated[Optional[Path], typer.Option(help="Folder that holds the registry's sets; default: CLIP_LAB_DATA.", file_okay=False)]
 
 @data_app.command("list")
@@ -163,7 +168,7 @@ def data_list(root: _ROOT = None, as_csv: Annotated[bool, typer.Option("--csv", 
     from clip_lab.data import offline
     from clip_lab.data.sets import list_sets
     table = list_sets(root)
-    if as_csv: return print(table.to_csv(index=False), end="")
+    if as_csv: return print(_csv(table), end="")
     print("Always there:\n" + columns_text(offline.catalogue()[["name", "title", "default", "needs"]].astype(str)))
     import pandas as pd
     words = {c: ["" if pd.isna(x) else f"{x:,}" if c in ("classes", "test") else str(x) for x in table[c]] for c in ("name", "title", "classes", "test", "metric", "shift_of", "templates", "here")}
@@ -226,7 +231,7 @@ def overlap(
         print(f"{row.what:<24} " + (f"{row.value:.2%} [{row.low:.2%}, {row.high:.2%}] of {int(row.n):,}" if row.what == "share that overlaps" else f"{row.value:,.4g}" if row.what == "threshold" else f"{int(row.value):,}"))
     print("\nthe pairs nearest to the threshold:\n" + columns_text(_nearest(r).astype(str)) if len(r.found.pairs) else "\nno candidate pair at all")
     if pairs is not None:
-        r.found.pairs.to_csv(pairs, index=False)
+        Path(pairs).write_text(_csv(r.found.pairs), encoding="utf-8")
         print(f"\n{len(r.found.pairs):,} candidate pairs are in {pairs}")
     if r.analysis is not None:
         print("\n" + columns_text(r.analysis.table().round(4).astype(str)))

@@ -289,9 +289,11 @@ class CLIP(nn.Module):
             row = int((~is_end.any(1)).nonzero()[0])
             raise ValueError(f"row {row} has no end-of-text token (id {self.vocab_size - 1}); "
                              "tokenize with model.tokenize, whose vocabulary belongs to this model")
+        ends = is_end.int().argmax(1)                                                    # (n,), first end
+        if len(ends) and not self.training: tokens = tokens[:, :int(ends.max()) + 1]     # nobody looks at what comes after
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]   # (n, length, text_width)
         x = self.transformer(x)
-        x = x[torch.arange(len(x), device=x.device), is_end.int().argmax(1)]             # (n, text_width), first end
+        x = x[torch.arange(len(x), device=x.device), ends]                               # (n, text_width)
         x = self.ln_final(x) @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x
 

@@ -10,10 +10,12 @@ __all__ = ['MERGES_FILE', 'N_MERGES', 'SOT', 'EOT', 'WORD', 'byte_characters', '
 import gzip
 import html
 from collections.abc import Iterable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.resources import files
+from itertools import chain
 
 import ftfy
+import numpy as np
 import tokenizers
 import torch
 from tokenizers import Regex, models, pre_tokenizers
@@ -49,13 +51,20 @@ def vocabulary(
     return [*letters, *(c + "</w>" for c in letters), *(a + b for a, b in merges), SOT, EOT], merges
 
 # %% ../nbs/00_tokenizer.ipynb #eebfe63a
+def _plain(text: str) -> bool:
+    return text.isascii() and "&" not in text and text.isprintable()  # neither ftfy nor HTML finds anything, and the only white space is the blank
+
+
 def clean(
     text: str,  # as found
 ) -> str:
     "The text as CLIP reads it: repaired by ftfy, HTML undone twice, white space collapsed, lower case."
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # else both repairs are the identity
-        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return " ".join(text.split()).lower()
+    return " ".join(_split(text))
+
+
+def _split(text: str) -> list[str]:
+    "The pieces between the blanks of the cleaned text."
+    return (text if _plain(text) else html.unescape(html.unescape(ftfy.fix_text(text)))).lower().split()
 
 # %% ../nbs/00_tokenizer.ipynb #8931badc
 WORD = r"<\|[sſ]tartoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
@@ -85,6 +94,36 @@ def _encode_piece(engine: tokenizers.Tokenizer, piece: str) -> list[int]:
     return ids + engine.encode(piece[start:]).ids
 
 # %% ../nbs/00_tokenizer.ipynb #98a1fc6a
+def _fill(flat: np.ndarray, lengths: np.ndarray, sot: int, eot: int, context_length: int, truncate: bool) -> torch.Tensor:
+    "Ids of all texts in one row, and how many each has, as a rectangle."
+    if context_length < 2:
+        raise ValueError(f"context_length is {context_length}: expected 2 or more, start and end need a place each")
+    room, n = context_length - 2, len(lengths)
+    if len(long := np.flatnonzero(lengths > room)) and not truncate:
+        others = f" (and {len(long) - 1} more rows)" if len(long) > 1 else ""
+        raise ValueError(
+            f"row {long[0]} has {lengths[long[0]] + 2} tokens with start and end{others}, but the context length is {context_length}: "
+            f"shorten it, or pass truncate=True to keep its first {room} tokens and the end"
+        )
+    filled = np.zeros((n, context_length), dtype=np.int64)
+    filled[:, 0] = sot
+    if n > 8:
+        starts, first = np.cumsum(lengths) - lengths, np.arange(n) * context_length + 1  # of a text: in flat, in filled
+        there = np.arange(len(flat)) + np.repeat(first - starts, lengths)
+        if len(long):
+            kept = there < np.repeat(first + room, lengths)
+            there, flat = there[kept], flat[kept]
+        filled.reshape(-1)[there] = flat
+        filled[np.arange(n), np.minimum(lengths, room) + 1] = eot
+    else:  # a few rows: a loop is faster
+        start = 0
+        for row, length in zip(filled, lengths.tolist()):
+            some = min(length, room)
+            row[1 : some + 1], row[some + 1] = flat[start : start + some], eot
+            start += length
+    return torch.from_numpy(filled)
+
+
 def pack(
     rows: Sequence[Sequence[int]],  # ids of each text, without start and end
     sot: int,  # id of the start symbol
@@ -93,18 +132,8 @@ def pack(
     truncate: bool = False,  # cut what is too long; the end symbol stays last
 ) -> torch.Tensor:
     "(n, context_length) int64: start, ids, end, zeros. ValueError names the first row that is too long."
-    if context_length < 2:
-        raise ValueError(f"context_length is {context_length}: expected 2 or more, start and end need a place each")
-    room = context_length - 2
-    long = [row for row, ids in enumerate(rows) if len(ids) > room]
-    if long and not truncate:
-        others = f" (and {len(long) - 1} more rows)" if len(long) > 1 else ""
-        raise ValueError(
-            f"row {long[0]} has {len(rows[long[0]]) + 2} tokens with start and end{others}, but the context length is {context_length}: "
-            f"shorten it, or pass truncate=True to keep its first {room} tokens and the end"
-        )
-    filled = [[sot, *ids[:room], eot] + [0] * (room - len(ids)) for ids in rows]
-    return torch.tensor(filled, dtype=torch.long).reshape(-1, context_length)  # no rows: (0, context_length)
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    return _fill(np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum())), lengths, sot, eot, context_length, truncate)
 
 # %% ../nbs/00_tokenizer.ipynb #ccfd1dbc
 def _spellings(entries: Sequence[str]) -> list[bytes]:
@@ -117,6 +146,19 @@ def _as_string(row: int, text: str) -> str:
     if not isinstance(text, str):
         raise TypeError(f"row {row} is {text!r:.60} ({type(text).__name__}): expected a string; fill or drop such rows first")
     return text
+
+
+class _Pieces(dict):
+    "Piece without blanks -> its ids as the bytes of int32, found at first sight; when it knows 65,536 it starts over."
+
+    def __init__(self, engine: tokenizers.Tokenizer):
+        self.engine = engine
+
+    def __missing__(self, piece: str) -> bytes:
+        if len(self) >= 65_536:
+            self.clear()
+        ids = self[piece] = np.array(_encode_piece(self.engine, piece), dtype=np.int32).tobytes()
+        return ids
 
 # %% ../nbs/00_tokenizer.ipynb #d187e168
 class Tokenizer:
@@ -132,7 +174,7 @@ class Tokenizer:
         self.vocab_size = len(entries)  # 512 + n_merges + 2
         self.sot, self.eot = self.vocab_size - 2, self.vocab_size - 1
         self._bytes = _spellings(entries[:-2])
-        self._piece = lru_cache(maxsize=65_536)(partial(_encode_piece, _engine(n_merges)))
+        self._pieces = _Pieces(_engine(n_merges))
 
     def __reduce__(self):  # another process gets two numbers, not the vocabulary and what was remembered
         return Tokenizer, (self.n_merges, self.context_length)
@@ -148,8 +190,14 @@ class Tokenizer:
         "A list of ids for each text, without start and end. TypeError names the row that is not a string."
         if isinstance(texts, str):
             raise TypeError(f"encode_batch expects many strings and got one, {texts!r:.60}: use encode")
-        cleaned = [clean(_as_string(row, text)) for row, text in enumerate(texts)]
-        return [[i for piece in text.split() for i in self._piece(piece)] for text in cleaned]
+        return [np.frombuffer(row, dtype=np.int32).tolist() for row in self._rows(texts)]
+
+    def _rows(self, texts: Iterable[str]) -> list[bytes]:
+        known, rows = self._pieces.__getitem__, []
+        for text in texts:
+            words = text.lower().split() if isinstance(text, str) and _plain(text) else _split(_as_string(len(rows), text))
+            rows.append(b"".join(map(known, words)))
+        return rows
 
     def decode(self, ids: Iterable[int]) -> str:
         "The cleaned text behind the ids of one row, up to its end symbol. ValueError names an id out of range."
@@ -167,9 +215,10 @@ class Tokenizer:
         truncate: bool = False,  # cut what is too long; the end symbol stays last
     ) -> torch.Tensor:
         "(n, context_length) int64: start, ids, end, zeros. ValueError names a row that is too long."
-        rows = self.encode_batch([texts] if isinstance(texts, str) else texts)
-        length = self.context_length if context_length is None else context_length
-        return pack(rows, self.sot, self.eot, length, truncate)
+        rows = self._rows([texts] if isinstance(texts, str) else texts)
+        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)) // 4
+        flat = np.frombuffer(b"".join(rows), dtype=np.int32)
+        return _fill(flat, lengths, self.sot, self.eot, self.context_length if context_length is None else context_length, truncate)
 
 # %% ../nbs/00_tokenizer.ipynb #15264736
 _openai = lru_cache(maxsize=1)(Tokenizer)

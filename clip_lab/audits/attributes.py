@@ -138,10 +138,10 @@ def _pair(right: np.ndarray, a: np.ndarray, b: np.ndarray, level: float, subject
         with np.errstate(divide="ignore"): found |= dict(zip(("ratio_low", "ratio_high"), np.exp(moved(level, np.log))))
     return found
 
+# %% ../../nbs/audits/44_attributes.ipynb #431eae78
 def _two(grouping: Grouping) -> None:
     if len(grouping.names) < 2: raise ValueError(f"one group only ({', '.join(grouping.names)}); there is nobody to compare with")
 
-# %% ../../nbs/audits/44_attributes.ipynb #431eae78
 def gaps(
     answers: Sequence,
     truth: Sequence,
@@ -366,6 +366,14 @@ def attribute_table(
     return pd.concat(rows, ignore_index=True)[["method", "attribute", "group", "k", "n", "estimate", "low", "high", "interval", "small"]]
 
 # %% ../../nbs/audits/44_attributes.ipynb #945833f1
+def _average(right: np.ndarray, codes: np.ndarray, subjects: np.ndarray, rate: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[float, float]:
+    "The interval of the plain average of the groups' rates, put together from their own; where nothing is known of what two share, all."
+    pull = np.stack([_influence(right, codes == g, subjects)[1] for g in range(len(rate))])
+    size = np.linalg.norm(pull, axis=1)
+    share = np.where(np.outer(size, size) > 0, pull @ pull.T / np.maximum(np.outer(size, size), 1e-300), 1.0)
+    far = [np.sqrt(max(0.0, d @ share @ d)) / len(rate) for d in (rate - low, high - rate)]
+    return max(0.0, rate.mean() - far[0]), min(1.0, rate.mean() + far[1])
+
 def class_table(
     methods: Mapping[str, pd.DataFrame],
     people: People,
@@ -387,11 +395,7 @@ def class_table(
             k, n = part.counts(hit), part.n
             low, high = interval(k, n, level, "beta") if own is None else _of_subjects(hit, part.codes, own, level)
             rows.append(pd.DataFrame(dict(method=name, subset=subset, group=part.names, k=k, n=n, estimate=k / n, low=low, high=high, small=part.small)))
-            if own is None: mean = mean_per_class(k, n, level, seed=seed); ends = mean.low, mean.high
-            else:
-                pull = np.mean([_influence(hit, part.codes == g, own)[1] for g in range(len(n))], axis=0)
-                half = student.ppf((1 + level) / 2, max(1, own.max())) * np.sqrt(_variance(pull, own.max() + 1)) if own.max() else 1.0
-                ends = max(0.0, (k / n).mean() - half), min(1.0, (k / n).mean() + half)
+            ends = (lambda m: (m.low, m.high))(mean_per_class(k, n, level, seed=seed)) if own is None else _average(hit, part.codes, own, k / n, low, high)
             rows.append(pd.DataFrame([dict(method=name, subset=subset, group="average", k=int(k.sum()), n=int(n.sum()), estimate=(k / n).mean(), low=ends[0], high=ends[1], small=False)]))
     return pd.concat(rows, ignore_index=True)
 

@@ -119,7 +119,8 @@ def _same(before: LabelSet, after: LabelSet) -> np.ndarray:     # (labels of aft
     "Which label of one set is which of the other, by name, else by words."
     by_name, left = {n: i for i, n in enumerate(before.names)}, [l.words for l in before.labels]
     found = np.array([by_name.get(n, -1) for n in after.names])
-    free = {w: i for i, w in enumerate(left) if i not in set(found)}
+    taken = set(found.tolist())
+    free = {w: i for i, w in enumerate(left) if i not in taken}
     return np.array([free.get(l.words, -1) if i < 0 else i for i, l in zip(found, after.labels)])
 
 def label_edits(before: LabelSet, after: LabelSet) -> Edits:
@@ -146,8 +147,9 @@ class ClassDesign:
     @property
     def moved(self) -> np.ndarray:      # (pictures,) bool
         "Pictures whose label is another one now."
-        same = np.r_[_same(self.before, self.after), -2]                         # the last for -1, no label
-        return np.where(self.places_after < 0, self.places_before >= 0, same[self.places_after] != self.places_before)
+        same = _same(self.before, self.after)
+        same = np.r_[np.where(same < 0, -2, same), -1]             # a new label is no place of before; the last is for -1, no label, which stays itself
+        return same[self.places_after] != self.places_before
 
     def _names(self) -> tuple[np.ndarray, np.ndarray]:
         return tuple(np.array([*labels.names, NO_LABEL], dtype=object)[places] for labels, places in ((self.before, self.places_before), (self.after, self.places_after)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NONE', 'ASSETS', 'Label', 'Category', 'LabelSet', 'to_plain', 'save_labels', 'from_plain', 'read_labels', 'shipped',
-           'label_set', 'label_scores']
+           'label_set', 'label_scores', 'combine']
 
 # %% ../../nbs/audits/41_labels.ipynb #0c92199a
 from collections.abc import Mapping, Sequence
@@ -203,3 +203,17 @@ def label_scores(
         cosine = x.to(weights) @ weights.T
         scores[start:start + len(x)] = (cosine if kind == "cosine" else (scale * cosine).softmax(1)).cpu().numpy()
     return scores
+
+# %% ../../nbs/audits/41_labels.ipynb #7ee33313
+def combine(*sets: LabelSet, name: str | None = None) -> LabelSet:      # name: of the new set; None: "occupations + appearance"
+    "The labels of several sets as one set; labels, categories or templates that disagree are a ValueError."
+    if len(sets) < 2: raise ValueError(f"{len(sets)} label set{'s' * (not sets)} to combine; expected at least two")
+    labels, categories, first = {}, {}, sets[0]
+    for s in sets:
+        if tuple(s.templates) != tuple(first.templates): raise ValueError(f"label sets {first.name!r} and {s.name!r} have different templates; choose one with dataclasses.replace(labels, templates=...)")
+        for n, c in s.categories.items():
+            if categories.setdefault(n, c).harm != c.harm: raise ValueError(f"category {n!r} does harm in one label set and none in {s.name!r}; name one of the two otherwise")
+        for l in s.labels:
+            if labels.setdefault(l.label, l) != l: raise ValueError(f"label {l.label!r} of {s.name!r} is {l.words!r} ({l.category}), and elsewhere {labels[l.label].words!r} ({labels[l.label].category}); make them alike, or rename one")
+    return LabelSet(name or " + ".join(s.name for s in sets), " + ".join(s.version for s in sets), "; ".join(dict.fromkeys(s.source for s in sets)), tuple(labels.values()), categories, first.templates,
+                    " ".join(dict.fromkeys(s.note for s in sets if s.note)), tuple(e for s in sets for e in s.edits))

@@ -15,7 +15,7 @@ from scipy.stats import chi2
 import torch
 
 from .people import Grouping
-from ..evals.stats import adjust, difference, interval
+from ..evals.stats import adjust, interval
 
 # %% ../../nbs/audits/42_thresholds.ipynb #ff6ba1e7
 MULTIPLES = (1, 1.5, 2, 5, 12)     # of uniform; the paper's 0.5 % and 4 % with 300 labels are 1.5 and 12
@@ -142,15 +142,19 @@ def come_and_go(
     if least < 1: raise ValueError(f"least is {least}; expected at least 1 picture")
     k_low, k_high, n = found.at(low), found.at(high), found.grouping.n
     gone, keep = (k_low >= least) & (k_high < least), k_high >= least
-    rows = []
-    for g, j in np.argwhere(gone):
-        ends = interval(k_low[g, j], n[g], level)
-        rows.append(dict(group=found.grouping.names[g], label=found.labels[j], k_low=int(k_low[g, j]), k_high=int(k_high[g, j]), n=int(n[g]), estimate=k_low[g, j] / n[g],
-                         low=float(ends[0]), high=float(ends[1]), elsewhere=", ".join(found.grouping.names[i] for i in np.flatnonzero(keep[:, j]))))
+    g, j = np.nonzero(gone)
+    low_end, high_end = interval(k_low[g, j], n[g], level) if len(g) else (np.empty(0), np.empty(0))
+    rows = [dict(group=found.grouping.names[a], label=found.labels[b], k_low=int(k_low[a, b]), k_high=int(k_high[a, b]), n=int(n[a]), estimate=k_low[a, b] / n[a], low=float(c), high=float(d),
+                 elsewhere=", ".join(found.grouping.names[i] for i in np.flatnonzero(keep[:, b]))) for a, b, c, d in zip(g, j, low_end, high_end)]
     columns = ["group", "label", "k_low", "k_high", "n", "estimate", "low", "high", "elsewhere"]
     return pd.DataFrame(rows, columns=columns).sort_values(["group", "k_low"], ascending=[True, False], kind="stable", ignore_index=True)
 
 # %% ../../nbs/audits/42_thresholds.ipynb #0c748d1a
+def _newcombe(k1: np.ndarray, n1: np.ndarray, k2: np.ndarray, n2: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "`stats.difference` for many pairs at once: value, low and high."
+    (l1, u1), (l2, u2), p1, p2 = interval(k1, n1, level), interval(k2, n2, level), k1 / n1, k2 / n2
+    return p1 - p2, p1 - p2 - np.hypot(p1 - l1, u2 - p2), p1 - p2 + np.hypot(u1 - p1, p2 - l2)
+
 def associated(
     found: Sweep,
     threshold: float,                # one of its thresholds
@@ -171,10 +175,11 @@ def associated(
     adjusted = np.full(len(p), np.nan)
     if tested.any(): adjusted[tested] = adjust(p[tested], correction)
     leans = (k / n[:, None]).argmax(0)
-    rest = [difference(k[g, j], n[g], total[j] - k[g, j], all_n - n[g], level) for j, g in enumerate(leans)]
+    theirs, of = k[leans, np.arange(len(leans))], n[leans]
+    gap, gap_low, gap_high = _newcombe(theirs, of, total - theirs, all_n - of, level)
     table = pd.DataFrame({"label": found.labels, "leans": [found.grouping.names[g] for g in leans], "k": total, "n": all_n, "chi2": np.where(tested, statistic, np.nan), "df": df, "p": p,
-                          "p_adjusted": adjusted, "cramers_v": np.where(tested, np.sqrt(statistic / all_n), np.nan), "difference": [d.value for d in rest],
-                          "low": [d.low for d in rest], "high": [d.high for d in rest], "least_expected": least_expected, "tested": tested})
+                          "p_adjusted": adjusted, "cramers_v": np.where(tested, np.sqrt(statistic / all_n), np.nan), "difference": gap,
+                          "low": gap_low, "high": gap_high, "least_expected": least_expected, "tested": tested})
     return table.sort_values(["tested", "chi2"], ascending=False, kind="stable", ignore_index=True)
 
 # %% ../../nbs/audits/42_thresholds.ipynb #64678bbf

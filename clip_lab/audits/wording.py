@@ -29,7 +29,9 @@ def _check_wordings(wordings: Mapping[str, LabelSet]) -> list[LabelSet]:
     (first, one), *rest = wordings.items()
     if not one.harmful.any(): raise ValueError(f"wording {first!r} has no label that does harm, so there is no harm to vary")
     for name, other in rest:
-        if other.names != one.names: raise ValueError(f"wordings {first!r} and {name!r} have other labels ({', '.join(sorted(set(one.names) ^ set(other.names))) or 'in another order'}); expected the same labels in other words, see LabelSet.reword")
+        if other.names != one.names:
+            differ = ", ".join(sorted(set(one.names) ^ set(other.names))) or "in another order"
+            raise ValueError(f"wordings {first!r} and {name!r} have other labels ({differ}); expected the same labels in other words, see LabelSet.reword")
         if (differ := other.harmful != one.harmful).any(): raise ValueError(f"wordings {first!r} and {name!r} do not agree whether {one.names[int(differ.argmax())]!r} does harm")
     return list(wordings.values())
 

@@ -16,7 +16,6 @@ import stat
 from typing import NamedTuple
 import unicodedata
 import zipfile
-import zlib
 
 import pandas as pd
 from PIL import Image
@@ -55,6 +54,7 @@ class _Entry(NamedTuple):
 
 def _safe_name(name: str, where: str) -> str:
     "The name in one spelling; UploadError for one that leaves its folder."
+    if not name.strip(): raise UploadError(f"{where} has an entry without a name. Nothing was read. Pack it again as an ordinary zip.")
     plain = unicodedata.normalize("NFC", name.replace("\\", "/"))
     if plain.startswith("/") or plain[1:2] == ":" or ".." in PurePosixPath(plain).parts or "\0" in plain:
         raise UploadError(f"{where} has an entry named {name[:80]!r}, which leads out of the archive. Nothing was read. Pack the pictures again with plain relative names.")
@@ -66,6 +66,7 @@ def _check_sizes(infos: Sequence[zipfile.ZipInfo], where: str, limits: Limits):
     for i in infos:
         name = i.filename[:80]
         if i.flag_bits & 1: raise UploadError(f"{where}: {name!r} is encrypted. Nothing was read. Pack the pictures again without a password.")
+        if i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise UploadError(f"{where}: {name!r} is packed in an unusual way (method {i.compress_type}). Nothing was read. Pack it again as an ordinary zip.")
         kind = stat.S_IFMT(i.external_attr >> 16)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR): raise UploadError(f"{where}: {name!r} is a link or a device, not a file. Nothing was read. Pack the pictures themselves.")
         if i.file_size > limits.file_bytes: raise UploadError(f"{where}: {name!r} unpacks to {i.file_size / 1e6:,.0f} MB; the limit is {limits.file_bytes / 1e6:,.0f} MB for one file. Nothing was read. Scale it down, or leave it out.")
@@ -77,7 +78,7 @@ def _check_sizes(infos: Sequence[zipfile.ZipInfo], where: str, limits: Limits):
 def _read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> bytes:
     try:
         with archive.open(info) as file: data = file.read(info.file_size + 1)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:        # whatever a decoder raises on damage
         raise UploadError(f"{where}: {info.filename[:80]!r} cannot be unpacked ({error}). Pack it again as an ordinary zip.") from error
     if len(data) != info.file_size: raise UploadError(f"{where}: {info.filename[:80]!r} is not as large as the archive says. Pack it again.")
     return data
@@ -103,8 +104,8 @@ def _read_file(path: Path, limits: Limits) -> bytes:
 # %% ../../nbs/data/07r_upload.ipynb #a8190b6f
 def _decoded(data: bytes) -> tuple[str, bool]:
     "A table's text, and whether its encoding was guessed."
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"): return data.decode("utf-16"), False
-    try: return data.decode("utf-8-sig"), False
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"): return data.decode("utf-16").lstrip("\ufeff"), False
+    try: return data.decode("utf-8").lstrip("\ufeff"), False
     except UnicodeDecodeError: return data.decode("cp1252", errors="replace"), True
 
 def read_table(
@@ -140,7 +141,7 @@ def _header(row: list[str], name: str, limits: Limits) -> list[str]:
     if twice := [c for c in row if row.count(c) > 1]: raise UploadError(f"{name} has two columns named {twice[0]!r}. Rename one.")
     return row
 
-# %% ../../nbs/data/07r_upload.ipynb #d64c530e
+# %% ../../nbs/data/07r_upload.ipynb #58523e01
 NAMES = ("file", "filename", "file name", "file_name", "picture", "image", "path", "photo", "img", "datei", "name", "id")     # columns that hold the picture's name, the likeliest first
 
 def _picture_column(table: pd.DataFrame, column: str | None, files: Iterable[str], name: str) -> str:
@@ -265,7 +266,7 @@ def read_zip(
     if (size := archive.stat().st_size) > limits.archive_bytes: raise UploadError(f"{archive.name} has {size / 1e6:,.0f} MB; the limit is {limits.archive_bytes / 1e6:,.0f} MB. Scale the pictures down, or pack fewer.")
     given = _table_bytes(table, limits)
     try: opened = zipfile.ZipFile(archive)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error: raise UploadError(f"{archive.name} is not a zip ({error}). Pack the pictures as a zip.") from error
+    except Exception as error: raise UploadError(f"{archive.name} is not a zip ({error}). Pack the pictures as a zip.") from error
     with opened: return _gathered(_zip_entries(opened, archive.name, limits), given, archive.name, column, attributes, limits)
 
 def read_folder(

@@ -272,9 +272,13 @@ def adjust(
     method: str = "holm",              # a key of CORRECTIONS
 ) -> np.ndarray:                       # (tests,) to compare with the level you chose
     "Adjusted p-values, in the order given; none at all, or one outside [0, 1], is a ValueError."
-    from statsmodels.stats.multitest import multipletests
+    from scipy.stats import false_discovery_control
     p = np.asarray(p, dtype=float)
     if method not in CORRECTIONS: raise ValueError(f"unknown method {method!r}; expected one of {list(CORRECTIONS)}")
     if p.ndim != 1 or not len(p): raise ValueError(f"expected a row of p-values, one for each test; got shape {p.shape}")
     if (wrong := ~((p >= 0) & (p <= 1))).any(): raise ValueError(f"p = {p[wrong][0]}{_at(wrong)} is no probability")
-    return multipletests(p, method=method)[1]
+    if method == "fdr_bh": return false_discovery_control(p)
+    times, order = len(p), p.argsort()
+    if method == "bonferroni": return np.minimum(1, times * p)
+    stepped = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(times, 0, -1)))
+    return stepped[order.argsort()]

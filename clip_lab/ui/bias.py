@@ -97,7 +97,7 @@ def rate_curves(
             ax.fill_between(rows.threshold, rows.low, rows.high, color=colour, alpha=0.15, lw=0)
             ax.plot(rows.threshold, rows.estimate, color=colour, ls=SERIES[i][2], lw=1.5, marker=SERIES[i][1], markevery=(i % min(5, len(rows)), 7), ms=3.5, mec="white", mew=0.3, label=names[group])
         if t.threshold.min() <= uniform <= t.threshold.max(): ax.axvline(uniform, color=MUTED, lw=1, ls=":", label=f"uniform, {100 * uniform:.2g} %")
-        for i, mark in enumerate(at): ax.axvline(mark, color=MUTED, lw=0.8, ls=(0, (6, 3)), label=f"{', '.join(f'{100 * m:g}' for m in at)} %" if not i else None)
+        for i, mark in enumerate(at): ax.axvline(mark, color=MUTED, lw=0.8, ls=(0, (6, 3)), label=f"{', '.join(f'{100 * m:.3g}' for m in at)} %" if not i else None)
         ax.set_xscale("log"); ax.set_xlim(t.threshold.min() / one, t.threshold.max() * one); ax.set_ylim(0, max(0.01, 1.03 * t[["estimate", "high"]].max(axis=None)))
         _log_ticks(ax.xaxis, 0.999 * t.threshold.min(), 1.001 * t.threshold.max(), 100, max(4, int(1.8 * width)))
         ax.set_xlabel("threshold (%), logarithmic", fontsize=9)

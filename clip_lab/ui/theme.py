@@ -40,7 +40,7 @@ def _variables(which: int) -> str: return "".join(f"--cl-{role}:{pair[which]};" 
 
 #: The stylesheet of the apps; class names begin with `cl-`.
 CSS = f":root{{{_variables(0)}}} .dark{{{_variables(1)}}}" + """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; font-variant-numeric: tabular-nums; }
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; overflow: clip !important; font-variant-numeric: tabular-nums; }
 .cl-head, .cl-section { padding: 0; }
 .cl-head h1 { font-size: 1.9rem; line-height: 1.2; font-weight: 650; letter-spacing: -0.015em; margin: 1.4rem 0 0.3rem; color: var(--cl-ink); }
 .cl-head p { color: var(--cl-muted); font-size: 1.02rem; max-width: 44rem; margin: 0 0 0.6rem; }
@@ -50,7 +50,7 @@ CSS = f":root{{{_variables(0)}}} .dark{{{_variables(1)}}}" + """
 .cl-section h2 { font-size: 1.2rem; font-weight: 650; color: var(--cl-ink); margin: 2.2rem 0 0.2rem; padding-top: 1.3rem; border-top: 1px solid var(--cl-line); }
 .cl-section p { color: var(--cl-muted); margin: 0; max-width: 44rem; }
 .cl-sticky:not(:has(.cl-note)) { display: none !important; }
-.cl-sticky { position: sticky !important; top: 0; z-index: 30; }
+.cl-sticky { position: sticky !important; top: 0; z-index: 100 !important; }
 .cl-bars { list-style: none; margin: 0; padding: 0; }
 .cl-bar { display: grid; grid-template-columns: minmax(6rem, 13rem) 1fr 4.2rem; column-gap: 0.9rem; align-items: center; padding: 0.42rem 0; color: var(--cl-ink); }
 .cl-label { overflow-wrap: anywhere; text-align: start; line-height: 1.3; }
