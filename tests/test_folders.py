@@ -455,3 +455,12 @@ def test_gather_is_strict(tmp_path):
 
 def test_every_layout_has_a_card():
     assert set(LAYOUTS) < set(cards()) and len(LAYOUTS) == 36
+
+
+def test_a_folder_named_from_where_one_stands_is_the_same(tmp_path, monkeypatch):
+    for name in ("cat", "dog"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "#E69F00" if name == "cat" else "#0072B2").save(tmp_path / "mine" / name / "a.png")
+    monkeypatch.chdir(tmp_path)
+    near, far = open_set("mine"), open_set(tmp_path / "mine")
+    assert near.data.data_hash == far.data.data_hash and list(near.targets["class"].classnames) == ["cat", "dog"]

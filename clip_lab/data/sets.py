@@ -86,7 +86,7 @@ def open_set(
             base = data_root(root)
             why = f"no folder {asked.name}/ below {base} ({seen(base)})" if base else "give its folder, or set CLIP_LAB_DATA to the folder that holds the data sets"
             raise LayoutError(f"{label} is not there: {why}")
-        else: found = _read(place, asked, form, label)
+        else: found = _read(place.absolute(), asked, form, label)      # readers join what they find to this folder again
         return dress(asked, found, label, templates, seed, allow_missing)
     except LayoutError as error:
         where = "" if place is None or str(place) in str(error) else f" (in {place})"
