@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from textwrap import fill
+from threading import RLock
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -52,12 +53,14 @@ def _live() -> bool:
     from IPython import get_ipython
     return getattr(get_ipython(), "kernel", None) is not None
 
+_ONE_AT_A_TIME = RLock()      # two controls may call from two threads, and settings of matplotlib belong to the process
+
 class Explorer:
     "Controls, a sentence, and the figure that both are about; show it by naming it at the end of a cell."
     def __init__(self, draw: Callable[..., Figure | Axes], **controls):      # draw: its axes carry `alt_text`; controls: ipywidgets with a description, by the name of draw's argument
         widgets = _ipywidgets()
         if bare := [name for name, c in controls.items() if not c.description]: raise ValueError(f"control {bare[0]!r} has no description, so nobody can tell what it does; give it one")
-        self.draw, self.controls, self.handle, self.said, self.picture = draw, controls, None, widgets.HTML(), None
+        self.draw, self.controls, self.handle, self.said, self.picture, self.drawn = draw, controls, None, widgets.HTML(), None, None
         self.box = widgets.VBox([*controls.values(), self.said])
         self._redraw()
         for control in controls.values(): control.observe(self._redraw, "value")
@@ -74,7 +77,12 @@ class Explorer:
         return self
 
     def _redraw(self, change=None) -> None:
-        try: self.picture = shown(self.draw(**self.values), dpi=90)
+        with _ONE_AT_A_TIME:
+            if self.values != self.drawn: self._draw()            # else whoever was here before has seen this change too
+
+    def _draw(self) -> None:
+        self.drawn = self.values
+        try: self.picture = shown(self.draw(**self.drawn), dpi=90)
         except ValueError as error:
             if self.picture is None: raise
             self.said.value = f'<p role="status"><b>Not drawn.</b> {escape(str(error))} <span style="color:{MUTED}">The last figure is still shown.</span></p>'
@@ -226,7 +234,7 @@ def threshold_explorer(
     if odd := [k for k, s in sweeps.items() if list(s.labels) != list(first.labels) or not np.array_equal(s.thresholds, first.thresholds)]: raise ValueError(f"the sweep by {odd[0]!r} counted other labels or thresholds than the first; count them alike")
     begin = float(first.thresholds[np.abs(np.log(first.thresholds / threshold)).argmin()])
     return Explorer(lambda by, **v: sweep_figure(sweeps[by], **v),
-                    threshold=w.SelectionSlider(options=[(f"{100 * t:.3g} %", float(t)) for t in first.thresholds], value=begin, description="threshold", continuous_update=False, **_WIDE),
+                    threshold=w.SelectionSlider(options=[(f"{100 * t:.3g} %", float(t)) for t in first.thresholds], value=begin, description="threshold", **_WIDE),
                     label=w.Dropdown(options=list(first.labels), value=most[0] if len(most := most_associated(first, begin, top=1).label) else first.labels[0], description="label", **_WIDE), by=w.Dropdown(options=list(sweeps), description="groups by", **_WIDE))
 
 # %% ../../nbs/ui/65_widgets.ipynb #ab66d391
@@ -280,7 +288,7 @@ def duplicate_figure(found: Duplicates, threshold: float, a, b=None, n: int = 6)
 
 def duplicate_explorer(found: Duplicates, a, b=None, threshold: float = THRESHOLD, n: int = 6) -> Explorer:      # a, b: the two sets, as they were searched; n: pairs on each side
     "Slide the threshold and look at the pairs on both sides of it (extra: notebooks)."
-    slider = _ipywidgets().FloatSlider(threshold, min=found.measured["floor"], max=1.0, step=0.01, description="threshold", continuous_update=False, readout_format=".2f", **_WIDE)
+    slider = _ipywidgets().FloatSlider(threshold, min=found.measured["floor"], max=1.0, step=0.01, description="threshold", readout_format=".2f", **_WIDE)
     return Explorer(lambda threshold: duplicate_figure(found, threshold, a, b, n), threshold=slider)
 
 # %% ../../nbs/ui/65_widgets.ipynb #84827a65
@@ -297,8 +305,8 @@ def run_explorer(folder: str | Path) -> Explorer:      # a run's folder, or its 
     "The curves of a run, as far and as smooth as you like (extra: notebooks)."
     w, log = _ipywidgets(), read_log(folder)
     steps = sorted(log.step.unique().tolist())
-    upto = w.SelectionSlider(options=steps, value=steps[-1], description="up to step", continuous_update=False, **_WIDE)
-    found = Explorer(lambda upto, smooth: run_figure(read_log(folder), upto, smooth), upto=upto, smooth=w.IntSlider(10, 1, 100, description="smooth over", continuous_update=False, **_WIDE))
+    upto = w.SelectionSlider(options=steps, value=steps[-1], description="up to step", **_WIDE)
+    found = Explorer(lambda upto, smooth: run_figure(read_log(folder), upto, smooth), upto=upto, smooth=w.IntSlider(10, 1, 100, description="smooth over", **_WIDE))
     again = w.Button(description="Read again", tooltip="Read the lines that were written since")
     def more(_):
         upto.options = sorted(read_log(folder).step.unique().tolist())
