@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PORT ?= 7860
 
-.PHONY: demo test lab notebooks docs sync card photos-card weights detector data bench clean
+.PHONY: demo test lab notebooks docs sync card photos-card weights detector data faults bench clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.stamp-apps $(if $(filter 1,$(PHOTOS)),.venv/.stamp-photos)  ## classify shipped pictures, print the measured accuracy, open the app (APP=0: no app; PHOTOS=1: with a model for photographs)
@@ -44,6 +44,10 @@ detector: .venv/.stamp-dev  ## train the shipped near-duplicate detector again (
 data: .venv/.stamp-dev  ## rebuild the shipped pictures from the studios' packages
 	$(PIP) -e '.[build]'
 	$(BIN)/python tools/build_data.py --work build/data
+
+faults: .venv/.stamp-dev  ## hostile files, kills and full disks, the long form of tests/faults; what was tried is in build/faults.txt
+	tools/system_packages.sh
+	CLIP_LAB_FAULTS=long $(BIN)/python -m pytest tests/faults
 
 bench: .venv/.stamp-dev  ## speed and memory beside the peers: bench/results/, shown in nbs/train/16_bench.ipynb and nbs/evals/30_bench.ipynb
 	$(PIP) -e '.[bench]'

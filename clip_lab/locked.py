@@ -7,6 +7,7 @@ __all__ = ['PHOTOS', 'TOWER', 'LockedTower', 'LockedConfig', 'config_of', 'witho
 
 # %% ../nbs/02d_locked.ipynb #2499f2e1
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class LockedConfig(CLIPConfig):
     image_resolution: int = 224
     tower: str = "efficientnet-lite0"      # one of LITE
     temperature: float = 1.0               # of the class probabilities; above 1 softens them
+    DEPTHS: ClassVar[tuple[int, ...]] = (len(STAGES),)
 
     def __post_init__(self):
         super().__post_init__()

@@ -100,8 +100,11 @@ def save(
 # %% ../nbs/08c_pretrained.ipynb #26604366
 def _json_beside(path: Path, name: str) -> dict | None:
     file = path.parent / name
-    try: return json.loads(file.read_text()) if file.is_file() else None
-    except ValueError as e: raise ValueError(f"{file} is not valid JSON: {e}") from e
+    if not file.is_file(): return None
+    try: content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as e: raise ValueError(f"{file} is not valid JSON: {e}") from e
+    if not isinstance(content, dict): raise ValueError(f"{file} holds {type(content).__name__}, expected a table of settings; fetch it again")
+    return content
 
 def _facts(path: Path, layout: str) -> dict:
     "What is known about the model besides its shapes: activation and heads where something says so."
@@ -165,6 +168,16 @@ def _file_in(folder: Path) -> Path:
     return found[0]
 
 # %% ../nbs/08c_pretrained.ipynb #e85a8392
+def _own_header(path: Path, metadata: Mapping[str, str]) -> tuple[CLIPConfig, Preprocess, dict]:
+    "Configuration, transform and notes of a file that `save` wrote; a ValueError that names it where the header was cut or edited."
+    try:
+        config, transform = config_of(json.loads(metadata["config"])), transform_of(json.loads(metadata["preprocess"]))
+        if transform.size != config.image_resolution: raise ValueError(f"the transform makes {transform.size} px pictures, the model takes {config.image_resolution} px")
+        if not isinstance(notes := json.loads(metadata.get("notes", "{}")), dict): raise ValueError("its notes are no table")
+        return config, transform, notes
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} has a header that does not describe a model ({type(e).__name__}: {str(e)[:300]}); fetch the file again, or ask whoever saved it") from e
+
 def read(
     path: str | Path,                    # a checkpoint file, or a directory of transformers or open_clip
     activation: str | None = None,       # for files that do not say
@@ -175,8 +188,8 @@ def read(
     if path.is_file(): _check_released(path)
     tensors, metadata, is_archive = read_tensors(path)
     if "clip_lab" in metadata:
-        if metadata["clip_lab"] != FORMAT: raise ValueError(f"{path} has format version {metadata['clip_lab']}, this clip_lab reads {FORMAT}; update clip_lab")
-        config, transform = config_of(json.loads(metadata["config"])), transform_of(json.loads(metadata["preprocess"]))
+        if metadata["clip_lab"] != FORMAT: raise ValueError(f"{path} has format version {metadata['clip_lab']:.20}, this clip_lab reads {FORMAT}; update clip_lab")
+        config, transform, notes = _own_header(path, metadata)
         _settle_activation(path, config.activation, activation)
         state, layout = with_tower(tensors, config) if isinstance(config, LockedConfig) else tensors, "clip_lab"
     else:
@@ -187,9 +200,9 @@ def read(
             facts["activation"] = _settle_activation(path, facts.get("activation"), activation)
             config = infer_config(state, name=path.stem, **facts)
         except ValueError as e: raise ValueError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
-        transform = _transform_of(path, layout, config.image_resolution)
+        transform, notes = _transform_of(path, layout, config.image_resolution), {}
     check_state(state, config, str(path))
-    return Checkpoint(path, layout, state, config, transform, json.loads(metadata.get("notes", "{}")))
+    return Checkpoint(path, layout, state, config, transform, notes)
 
 # %% ../nbs/08c_pretrained.ipynb #d99f7b86
 def _hub_file(repo: str, names: tuple[str, ...], advice: str, revision=None, cache_dir=None, local_files_only=False) -> Path:
@@ -204,13 +217,14 @@ def _hub_file(repo: str, names: tuple[str, ...], advice: str, revision=None, cac
                 if not offline: reason += f", and the hub cannot be reached ({str(e.__cause__ or e).splitlines()[0]:.120})"; break
             except EntryNotFoundError: continue
             except (HfHubHTTPError, HFValidationError) as e: reason += f", and the hub says: {str(e).splitlines()[0]:.160}"; break
+            except Exception as e: reason += f", and the hub cannot be read ({type(e).__name__}: {(str(e).splitlines() or [''])[0]:.120})"; break     # the transport's own: too slow, cut off, ...
     raise FileNotFoundError(f"{repo} ({' or '.join(names)}): {reason}. {advice}")
 
 def _hub_weights(repo: str, **where) -> Path:
     "The weights of a repository with a CLIP model, transformers' or open_clip's, with its JSON files beside them."
     advice = "Connect once, or set HF_HOME to a cache that has it, or pass the path of a downloaded directory"
     config = _hub_file(repo, ("config.json", "open_clip_config.json"), advice, **where)
-    if config.name == "config.json" and json.loads(config.read_text()).get("model_type") != "clip":    # timm's own
+    if config.name == "config.json" and _json_beside(config, config.name).get("model_type") != "clip":    # timm's own
         config = _hub_file(repo, ("open_clip_config.json",), advice, **where)
     if config.name == "open_clip_config.json": return _hub_file(repo, OPEN_CLIP_WEIGHTS, advice, **where)
     try: _hub_file(repo, ("preprocessor_config.json", "processor_config.json"), advice, **where)
@@ -286,6 +300,7 @@ def _torch_save(state: Mapping[str, Tensor], config: CLIPConfig, path: Path) -> 
     try:
         torch.save(from_openai(state, "openai"), partial)
         os.replace(partial, path)
+    except (OSError, RuntimeError) as e: raise OSError(f"{path} could not be written ({e}); what stood there before is unchanged") from e
     finally: partial.unlink(missing_ok=True)
     return path
 

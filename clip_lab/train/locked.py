@@ -165,7 +165,7 @@ def drawings(styles: Sequence[str] = ("fluent", "noto", "openmoji")) -> Iterator
 
 def kept_features(tower: EfficientNetLite, transform: LitePreprocess, pictures, file: Path, batch_size: int = 32, report: Callable = lambda *_: None) -> Tensor:
     "The tower's features (n, 1280) in float16, from `file` if they are there, else computed and kept; continued where it was cut."
-    part = torch.load(file) if file.is_file() else torch.empty(0, tower.classifier.in_features, dtype=torch.float16)
+    part = torch.load(file, weights_only=True) if file.is_file() else torch.empty(0, tower.classifier.in_features, dtype=torch.float16)
     with torch.inference_mode():
         while len(part) < len(pictures):
             x = torch.stack([transform(pictures[i]) for i in range(len(part), min(len(part) + batch_size, len(pictures)))])
@@ -267,7 +267,7 @@ def meant(sentences: Tensor, rows: Tensor, asked: Tensor, temperature: float = 0
 
 def kept_sentences(encoder: MiniLM, texts: Sequence[str], file: Path, report: Callable = lambda *_: None, part: int = 1024) -> Tensor:     # (n, 384)
     "The sentence encoder's rows, from `file` as far as they are there, else computed and kept."
-    known = torch.load(file) if file.is_file() else {}
+    known = torch.load(file, weights_only=True) if file.is_file() else {}
     new = [t for t in dict.fromkeys(texts) if t not in known]
     for start in range(0, len(new), part):
         known |= dict(zip(new[start:start + part], encoder.embed(new[start:start + part]).half()))
@@ -406,6 +406,7 @@ def train_locked(
 ) -> tuple[CLIP, LitePreprocess]:                        # in eval mode, and its transform
     "Train a text tower against a locked image tower; continues a run that was cut."
     course = course or Course(c, report)
+    asked = {k: str(v) for k, v in vars(c).items() if k != "output"}
     clip, state, step = first_model(course), c.output / "state.pt", 0
     apart = {id(clip.visual.proj): c.lr_projection, id(clip.token_embedding.weight): c.lr_words}
     groups = [dict(g, lr=c.lr, params=[p for p in g["params"] if id(p) not in apart]) for g in parameter_groups(clip, c.weight_decay)]
@@ -416,8 +417,8 @@ def train_locked(
     offsets, classes = {o: i for i, o in enumerate(kinds)}, imagenet_synsets(course.w)
     above = torch.tensor([[k in course.w.above(o) for o in classes] for k in kinds])
     if state.is_file():
-        saved = torch.load(state, weights_only=False)
-        if replace(saved["config"], output=c.output) != c: raise ValueError(f"{state} is of a run with other settings; start in another output folder, or with those: {saved['config']}")
+        saved = torch.load(state, weights_only=True)
+        if saved["config"] != asked: raise ValueError(f"{state} is of a run with other settings; start in another output folder, or with those: {saved['config']}")
         clip.load_state_dict(saved["model"], strict=False); optimizer.load_state_dict(saved["optimizer"]); step = saved["step"]
     began = time.process_time()
     while step < c.steps:
@@ -440,7 +441,7 @@ def train_locked(
             if measure and (step % c.save_every == 0 or step == c.steps): clip.eval(); line |= measure(clip); clip.train()
             with (c.output / "log.jsonl").open("a") as log: log.write(json.dumps(line) + "\n")
         if step % c.save_every == 0 or step == c.steps:
-            torch.save(dict(config=c, step=step, model=without_tower(clip.state_dict()), optimizer=optimizer.state_dict()), state.with_suffix(".new"))
+            torch.save(dict(config=asked, step=step, model=without_tower(clip.state_dict()), optimizer=optimizer.state_dict()), state.with_suffix(".new"))
             state.with_suffix(".new").replace(state)
     return next(wise_ft(first_model(course).eval(), clip.eval(), [c.share]))[1], course.transform
 
