@@ -94,3 +94,20 @@ def test_several_people_get_their_own_answers(app):
     assert found["errors"] == 0 and found["requests"] >= found["users"], found
     if found["rss_mib"]: assert found["rss_mib"]["last"] < 2 * found["rss_mib"]["first"]
     tally("app, people at once", "own answers", found["requests"])
+
+
+def test_a_file_input_takes_what_was_uploaded_and_nothing_else(tmp_path):
+    "Also where a request leaves out the mark by which Gradio would know a file; an app that deletes an upload after reading it must not delete anything else."
+    import gradio as gr
+    from gradio.data_classes import FileData, ListFiles
+    from clip_lab.ui.theme import only_uploads
+    file = only_uploads(gr.File(render=False))
+    (tmp_path / "precious.zip").write_text("x")
+    for path in (str(tmp_path / "precious.zip"), "/etc/passwd", "x.zip", f"{file.GRADIO_CACHE}/../x.zip", f"{file.GRADIO_CACHE}x/x.zip"):
+        for payload in (FileData(path=path), ListFiles(root=[FileData(path=path)])):
+            with pytest.raises(gr.Error, match="was not uploaded here"): file.preprocess(payload)
+    uploaded = Path(file.GRADIO_CACHE) / "0a" / "x.zip"
+    uploaded.parent.mkdir(parents=True, exist_ok=True)
+    uploaded.write_text("x")
+    assert file.preprocess(FileData(path=str(uploaded))) == str(uploaded) and file.preprocess(None) is None
+    tally("app, files and addresses", "refused", 10)
