@@ -201,7 +201,7 @@ def prompt_explorer(
     w, texts = _ipywidgets(), texts or TextWeights(model)
     together = lambda x: x if isinstance(x, str) else "\n".join(x)
     return Explorer(lambda **v: prompt_figure(model, features, pictures, names, **v, texts=texts),
-                    labels=w.Textarea(together(labels), description="labels, one a line", rows=6, **_WIDE), templates=w.Textarea(together(templates or templates_for(model.config.name)), description="templates", rows=3, **_WIDE),
+                    labels=w.Textarea(together(labels), description="labels", placeholder="one a line", rows=6, **_WIDE), templates=w.Textarea(together(templates or templates_for(model.config.name)), description="templates", placeholder="one a line, each with {}", rows=3, **_WIDE),
                     chosen=w.Dropdown(options=list(names), description="picture", **_WIDE))
 
 # %% ../../nbs/ui/65_widgets.ipynb #78e7745b
