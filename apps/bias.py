@@ -9,7 +9,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from clip_lab.ui.theme import CSS, keep_quiet, launch_options, note_html
+from clip_lab.ui.theme import CSS, keep_quiet, launch_options, note_html, only_uploads
 
 keep_quiet()
 
@@ -203,7 +203,7 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
     section("Your own pictures", "They stay on this machine, in memory, for this browser only; the files are deleted as soon as they are read.")
     with gr.Accordion("Bring a zip and a table", open=False), gr.Row(equal_height=False):
         with left():
-            archive, sheet = gr.File(label="Pictures, as a zip", file_types=[".zip"], height=130), gr.File(label="Table (CSV), unless it is in the zip", file_types=[".csv", ".tsv"], height=130)
+            archive, sheet = only_uploads(gr.File(label="Pictures, as a zip", file_types=[".zip"], height=130)), only_uploads(gr.File(label="Table (CSV), unless it is in the zip", file_types=[".csv", ".tsv"], height=130))
             gr.HTML('<p class="cl-muted cl-key">One row for each picture: a column <code>file</code> with its name, and a column for each attribute, such as <code>gender</code>.</p>')
         with right():
             answers = [gr.Textbox(label=question, lines=1, max_length=1000) for question in ASKED.values()]

@@ -4,6 +4,7 @@ Run with `python apps/zeroshot.py`, with `gradio apps/zeroshot.py` while editing
 """
 from dataclasses import replace
 import json
+import os
 from pathlib import Path
 import tempfile
 
@@ -16,7 +17,7 @@ from PIL import Image
 import torch
 
 from clip_lab.cli import model_table
-from clip_lab.data import emoji
+from clip_lab.data import emoji, offline
 from clip_lab.data.export import csv_text
 from clip_lab.evals.prompts import SOURCES, TEMPLATES, templates_for
 from clip_lab.evals.wording import contributions, read_labels, read_templates
@@ -27,15 +28,18 @@ from clip_lab.ui.plots import bars_html, download_links, picture_buttons, table_
 QUESTION = "What is in this picture?"
 LABELS = "a cat\na lion\nsomething to eat\na vehicle\na musical instrument\na building"
 EXAMPLES = ("cat face", "pizza", "bicycle", "guitar", "rocket", "penguin", "hot beverage", "umbrella with rain drops", "octopus", "castle", "violin", "sailboat")
+START = os.environ.get("CLIP_LAB_MODEL", "emoji")        # the model that answers at first; `make demo PHOTOS=1` sets photos
+PHOTOGRAPHS = ("cup of coffee", "cat", "rocket", "man with a camera", "astronaut", "coins")
 SENTENCES = 5000        # labels x templates: what a laptop reads in a few seconds
 
 if gr.NO_RELOAD:        # editing this page reloads it in a second, without the weights
-    MODELS, EXAMPLE_FILES = {}, {}
+    MODELS, EXAMPLE_FILES, PHOTO_FILES = {}, {}, {}
 
 def ready(name):
     "(model, preprocess, text weights, hash) of a model on this machine, loaded at its first use. Weights are shared, what a user gives is not."
     if name not in MODELS:
         try: model, preprocess = load(name, local_files_only=True)
+        except ImportError as error: raise ValueError(str(error)) from None
         except FileNotFoundError: raise FileNotFoundError(f"{name} is not on this machine yet. To fetch it once, run: clip-lab models --fetch {name}") from None
         MODELS[name] = model, replace(preprocess, orient=True), TextWeights(model), weights_hash(model)[:16]
     if len(MODELS[name][2]) > 50_000: MODELS[name] = *MODELS[name][:2], TextWeights(MODELS[name][0]), MODELS[name][3]
@@ -50,9 +54,23 @@ def example_files():
         data.pictures[row].save(path)
         EXAMPLE_FILES[str(path)] = name
 
+def photo_files():
+    "Photographs of scikit-image, where it is installed and the model for photographs is here: path -> name and rights."
+    if not models.set_index("model").here["photos"]: return
+    try: data = offline.load("photographs").data
+    except (ImportError, FileNotFoundError): return
+    folder = Path(tempfile.mkdtemp(prefix="clip-lab-"))       # Gradio serves files of its own, of the temporary and of the working folder only
+    for row, source in zip(data.table.itertuples(), data.pictures.sources):
+        if row.name not in PHOTOGRAPHS: continue
+        path = folder / f"photograph-{row.Index}{Path(source).suffix}"
+        path.write_bytes(Path(source).read_bytes())
+        PHOTO_FILES[str(path)] = f"{row.name} ({row.licence.split(',')[0]})"
+
 if gr.NO_RELOAD:
-    ready("emoji")
+    models = model_table()
+    ready(START)
     example_files()
+    photo_files()
 
 @torch.inference_mode()
 def think(picture, labels, templates, name, seen):
@@ -71,9 +89,10 @@ def think(picture, labels, templates, name, seen):
 
 def python_lines(picture, answers, measured):
     "The same answer in a notebook."
-    own = not (number := Path(picture).stem.removeprefix("twemoji-")).isdigit()
-    given = repr(Path(picture).name) if own else f"emoji.load('twemoji').pictures[{number}]"
-    lines = ["from dataclasses import replace", "" if own else "from clip_lab.data import emoji", "from clip_lab.evals.zeroshot import classify", "from clip_lab.pretrained import load", "\n",
+    kind, _, number = Path(picture).stem.partition("-")
+    ours = {"twemoji": ("emoji", "emoji.load('twemoji').pictures"), "photograph": ("offline", "offline.load('photographs').data.pictures")}.get(kind if number.isdigit() else "")
+    given = f"{ours[1]}[{number}]" if ours else repr(Path(picture).name)
+    lines = ["from dataclasses import replace", f"from clip_lab.data import {ours[0]}" if ours else "", "from clip_lab.evals.zeroshot import classify", "from clip_lab.pretrained import load", "\n",
              f"model, preprocess = load({measured['model']!r})        # weights {measured['weights']}",
              f"picture = {given}", f"labels = {measured['labels']!r}", f"templates = {measured['templates']!r}",
              "classify(model, replace(preprocess, orient=True), picture, labels, templates, top=None)"]
@@ -85,7 +104,7 @@ def show(picture, labels, templates, name, seen):
     except (ValueError, OSError) as error:
         kept = "The last answer is still shown." if seen else ""
         if name not in MODELS:
-            name = seen["of"][1] if seen else "emoji"
+            name = seen["of"][1] if seen else START
             kept = f"Still answering with {name}."
         return {note: note_html(str(error), kept), model_name: name}
     files = {"answers.csv": ("text/csv", csv_text(answers)),
@@ -100,11 +119,16 @@ def pick(pressed: gr.EventData):
     "The example that was pressed, as the picture."
     return list(EXAMPLE_FILES)[pressed.index]
 
+def pick_photograph(pressed: gr.EventData):
+    "The photograph that was pressed, and the model that knows photographs."
+    return list(PHOTO_FILES)[pressed.index], "photos"
+
 def section(title, text): return gr.HTML(f'<div class="cl-section"><h2>{title}</h2><p>{text}</p></div>')
 
 # The worked example is computed before the page exists, so that nobody ever sees it empty.
 first_picture, first_templates = next(iter(EXAMPLE_FILES)), "\n".join(templates_for("emoji"))
-first_seen = think(first_picture, LABELS, first_templates, "emoji", {})[-1]
+if START == "photos" and PHOTO_FILES: first_picture, first_templates = next(f for f, name in PHOTO_FILES.items() if "coffee" in name), "{}\na photo of {}\na picture of {}"
+first_seen = think(first_picture, LABELS, first_templates, START, {})[-1]
 
 with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
     gr.HTML(f'<header class="cl-head"><h1>{QUESTION}</h1><p>Tell it what might be there, and watch it change its mind as you type. '
@@ -115,6 +139,7 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
         with gr.Column(scale=5, min_width=320):
             picture = picture_input(value=first_picture, label="Picture", height=250, elem_classes="cl-picture", sources=["upload", "webcam", "clipboard"])
             gallery = gr.HTML(picture_buttons(map(Image.open, EXAMPLE_FILES), EXAMPLE_FILES.values(), "Or try one of these, in a style that the model was not trained on"), js_on_load=PRESS)
+            album = gr.HTML(picture_buttons(map(Image.open, PHOTO_FILES), PHOTO_FILES.values(), "Or a photograph from scikit-image; the model photos answers") if PHOTO_FILES else "", js_on_load=PRESS, visible=bool(PHOTO_FILES))
             labels = gr.Textbox(LABELS, label="What might be there? One label a line", lines=6, max_lines=12, max_length=100_000)
         with gr.Column(scale=6, min_width=320):
             verdict, bars = gr.HTML(), gr.HTML()
@@ -127,16 +152,15 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
             templates = gr.Textbox(first_templates, label="Templates, one a line; {} is the place of the label", lines=7, max_lines=12, max_length=20_000)
         with gr.Column(scale=6, min_width=320): voices = gr.HTML()
     section("Which model answers?", "A model that is not on this machine is never fetched from here; the notice says how to fetch it.")
-    models = model_table()
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            model_name = gr.Dropdown([(f"{row.model} ({'here' if row.here else 'not here yet'})", row.model) for row in models.itertuples()], value="emoji", label="Model")
+            model_name = gr.Dropdown([(f"{row.model} ({'here' if row.here else 'not here yet'})", row.model) for row in models.itertuples()], value=START, label="Model")
         with gr.Column(scale=6, min_width=320), gr.Accordion("What the models are", open=False): gr.HTML(table_html(models, "Models, the embedded one first"))
     section("Take it along", "All labels as a table and as files, and the lines that give the same answer in a notebook.")
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320): table = gr.HTML()
         with gr.Column(scale=6, min_width=320): code = gr.Code(language="python", label="Python", interactive=False, wrap_lines=True, show_line_numbers=False)
-    for part, value in show(first_picture, LABELS, first_templates, "emoji", first_seen).items():
+    for part, value in show(first_picture, LABELS, first_templates, START, first_seen).items():
         if part in (verdict, bars, voices, table, code): part.value = value
 
     change = dict(fn=show, inputs=[picture, labels, templates, model_name, state], outputs=[note, verdict, bars, table, voices, code, model_name, state],
@@ -146,6 +170,7 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
     model_name.input(**change, show_progress_on=bars, api_name=False)
     chosen_set.input(lambda name: ("\n".join(TEMPLATES[name]), gr.Radio(info=SOURCES[name])), chosen_set, [templates, chosen_set], show_progress="hidden", api_name=False)
     gallery.click(pick, None, picture, show_progress="hidden", api_name=False)
+    album.click(pick_photograph, None, [picture, model_name], show_progress="hidden", api_name=False)
 
 demo.queue(max_size=64, default_concurrency_limit=1)
 

@@ -121,15 +121,19 @@ def classify(
 def model_table():
     "A DataFrame with a row per model: model, kind, pixels, parameters (millions), here."
     import pandas as pd
+    from clip_lab.efficientnet import installed
+    from clip_lab.locked import PHOTOS, LockedConfig
     from clip_lab.model import CONFIGS, build
     from clip_lab.pretrained import available_models, locate
     def here(name):
+        if name == PHOTOS.name and not installed(PHOTOS.tower): return False      # its locked tower is a package of its own
         try: return locate(name, local_files_only=True).exists()
         except OSError: return False
     def row(name):
-        c = CONFIGS[name]
-        size = sum(p.numel() for p in build(name, device="meta").parameters()) / 1e6
-        return {"model": name, "kind": "Vision Transformer" if c.is_vit else "ResNet", "pixels": c.image_resolution, "parameters": f"{size:.0f} M", "here": here(name)}
+        c = CONFIGS.get(name, PHOTOS)
+        size = sum(p.numel() for p in build(c, device="meta").parameters()) / 1e6
+        kind = f"locked {c.tower}" if isinstance(c, LockedConfig) else "Vision Transformer" if c.is_vit else "ResNet"
+        return {"model": name, "kind": kind, "pixels": c.image_resolution, "parameters": f"{size:.0f} M", "here": here(name)}
     return pd.DataFrame([row(name) for name in sorted(available_models(), key="emoji".__ne__)])
 
 @app.command()

@@ -56,6 +56,8 @@ class EmbeddingCache:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=NORMAL")      # safe against a kill; a power cut may cost the last batches, never the file
             with db: yield db
+        except sqlite3.OperationalError as e:            # the disk is full, read-only, gone or locked; the file itself is sound
+            raise OSError(f"{self.path} could not be read or written ({e}); what it held is unchanged. Make room on the disk, or choose another folder") from e
         except sqlite3.DatabaseError as e: raise ValueError(f"{self.path} cannot be used as an embedding cache ({e}); delete it or choose another folder") from e
         finally: db.close()
 

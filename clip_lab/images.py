@@ -72,6 +72,8 @@ def open_image(
         picture = source if data is None else Image.open(io.BytesIO(data))
         if data is not None:
             _limit_pixels(name, *picture.size)
+        if data is not None and picture.format == "EPS":  # Pillow would start Ghostscript, an interpreter for whatever the file says
+            raise ImageError(f"{name} is PostScript, a program and not a picture: draw it first, for example as PNG")
         picture.load()
     except (ImageError, MemoryError):
         raise

@@ -165,6 +165,7 @@ def infer_config(
                      text_width=text_width, text_layers=_count(state, "transformer.resblocks."))
     except KeyError as e:
         raise ValueError(f"the key {e.args[0]!r} is missing, so the architecture cannot be read from the shapes") from None
+    except (TypeError, ValueError) as e: raise ValueError(f"a tensor does not have as many dimensions as its name says ({e}), so the architecture cannot be read from the shapes") from None
     columns = vision["vision_width"] * (1 if vision["vision_patch_size"] else 32)     # the width that attention works on
     for tower, width, heads in (("text", text_width, text_heads), ("image", columns, vision_heads)):
         if heads is None and width % 64:
@@ -189,16 +190,28 @@ def unset(config: CLIPConfig) -> CLIP:
 def _some(items: list[str], limit: int = 4) -> str:
     return ", ".join(items[:limit]) + (f", ... ({len(items)} in all)" if len(items) > limit else "")
 
+def _check_amount(state: Mapping[str, Tensor], c: CLIPConfig, source: str) -> None:
+    "ValueError where a configuration asks for far more than there is, before anything of that size is built."
+    layers, columns = (c.vision_layers, c.vision_width) if c.is_vit else (sum(c.vision_layers), 32 * c.vision_width)
+    if c.text_layers + layers > len(state): raise ValueError(f"{source} does not fit {c.name}: {c.text_layers + layers} layers are asked for, and there are {len(state)} tensors")
+    patch = c.vision_patch_size or 1
+    asked = max(c.vocab_size * c.text_width, c.context_length * c.text_width, c.text_width * c.embed_dim, c.text_layers * c.text_width ** 2, layers * c.vision_width ** 2,
+                (c.image_resolution // (c.vision_patch_size or 32)) ** 2 * columns, columns * c.embed_dim, 3 * patch ** 2 * c.vision_width)
+    if asked > (there := sum(t.numel() for t in state.values())): raise ValueError(f"{source} does not fit {c.name}: one part of it needs {asked:,} numbers, and all tensors together have {there:,}")
+
 def check_state(
     state: Mapping[str, Tensor],           # OpenAI's names
     config: CLIPConfig,
     source: str = "the state dict",        # how to call it in the message
 ) -> None:
     "ValueError listing missing and unexpected keys and wrong shapes; silence means that all fit."
-    expected = {k: tuple(t.shape) for k, t in unset(config).state_dict().items()}
+    _check_amount(state, config, source)
+    model = unset(config).state_dict()
+    expected = {k: tuple(t.shape) for k, t in model.items()}
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     wrong = [f"{k} {tuple(state[k].shape)} instead of {s}" for k, s in expected.items() if k in state and tuple(state[k].shape) != s]
-    problems = [f"{what}: {_some(keys)}" for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)) if keys]
+    counted = [f"{k} {state[k].dtype}" for k, t in model.items() if k in state and t.is_floating_point() != state[k].is_floating_point()]
+    problems = [f"{what}: {_some(keys)}" for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong), ("wrong kind of number", counted)) if keys]
     if problems: raise ValueError(f"{source} does not fit {config.name}: " + "; ".join(problems))
 
 # %% ../nbs/08b_layouts.ipynb #fc34372e

@@ -10,6 +10,7 @@ __all__ = ['ACTIVATIONS', 'CONFIGS', 'CLIPConfig', 'QuickGELU', 'Attention', 'Re
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class CLIPConfig:
     text_heads: int = 8
     text_layers: int = 12
     activation: str = "quickgelu"          # "quickgelu" (OpenAI's weights) or "gelu"
+    DEPTHS: ClassVar[tuple[int, ...]] = (1, 4)     # how many numbers vision_layers may be: a ViT's one, a ResNet's four
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -42,11 +44,28 @@ class CLIPConfig:
         if self.is_vit == (self.vision_patch_size is None):
             raise ValueError(f"{self.name}: vision_layers={self.vision_layers!r} does not fit vision_patch_size={self.vision_patch_size!r}; "
                              "a ViT has one number of layers and a patch size, a ResNet four stage depths and none")
+        self._check_sizes()
+
+    def _check_sizes(self):
+        "A ValueError for sizes that no model can have; a configuration may come from a file that anybody wrote."
+        depths = self.vision_layers if isinstance(self.vision_layers, tuple) else (self.vision_layers,)
+        sizes = {k: v for k, v in ((f.name, getattr(self, f.name)) for f in fields(CLIPConfig)) if k not in ("name", "activation", "vision_layers") and not (v is None and k in ("vision_patch_size", "vision_heads"))}
+        wrong = [f"{k} is {v!r:.40}" for k, v in [*sizes.items(), *(("vision_layers", d) for d in depths)] if isinstance(v, bool) or not isinstance(v, int) or not 0 < v < 2 ** 31]
+        if wrong: raise ValueError(f"{self.name!r:.80}: {wrong[0]}; expected whole numbers from 1")
+        if not isinstance(self.name, str) or len(depths) not in self.DEPTHS: raise ValueError(f"{self.name!r:.80}: expected a name, and {' or '.join(map(str, self.DEPTHS))} depths, got {self.vision_layers!r:.40}")
+        if self.image_resolution < (self.vision_patch_size or 32): raise ValueError(f"{self.name}: a picture of {self.image_resolution} px is smaller than one patch")
+        if self.text_width % self.text_heads or self.vision_width * (1 if self.is_vit else 32) % (self.vision_heads or 1): raise ValueError(f"{self.name}: the heads do not divide the width of their tower")
 
     @property
     def is_vit(self) -> bool: return isinstance(self.vision_layers, int)
 
     def to_dict(self) -> dict: return asdict(self)
+
+    def image_tower(self) -> nn.Module:
+        "An untrained image tower of this shape; a kind of configuration with another tower says so here."
+        heads = self.vision_heads or (self.vision_width if self.is_vit else 32 * self.vision_width) // 64
+        if not self.is_vit: return ModifiedResNet(self.vision_layers, self.embed_dim, heads, self.image_resolution, self.vision_width)
+        return VisionTransformer(self.image_resolution, self.vision_patch_size, self.vision_width, self.vision_layers, heads, self.embed_dim, self.activation)
 
     @classmethod
     def from_dict(cls, d: dict) -> "CLIPConfig":
@@ -236,9 +255,7 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = c = config
-        heads = c.vision_heads or (c.vision_width if c.is_vit else 32 * c.vision_width) // 64
-        self.visual = (VisionTransformer(c.image_resolution, c.vision_patch_size, c.vision_width, c.vision_layers, heads, c.embed_dim, c.activation)
-                       if c.is_vit else ModifiedResNet(c.vision_layers, c.embed_dim, heads, c.image_resolution, c.vision_width))
+        self.visual = c.image_tower()
         self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, c.activation, causal=True)
         self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
         self.positional_embedding = nn.Parameter(torch.randn(c.context_length, c.text_width) * 0.01)
@@ -248,9 +265,9 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     @property
-    def dtype(self) -> torch.dtype: return self.visual.conv1.weight.dtype
+    def dtype(self) -> torch.dtype: return self.text_projection.dtype
     @property
-    def device(self) -> torch.device: return self.visual.conv1.weight.device
+    def device(self) -> torch.device: return self.text_projection.device
     @property
     def context_length(self) -> int: return self.config.context_length
     @property

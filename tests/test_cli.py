@@ -7,6 +7,7 @@ from PIL import Image
 import pytest
 from typer.testing import CliRunner
 
+from clip_lab.efficientnet import installed
 from clip_lab import cli
 
 RUN = CliRunner()
@@ -106,8 +107,9 @@ def test_models_says_what_is_here(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     lines = run("models").stdout.splitlines()
-    assert len(lines) == 11 and lines[1].split()[0] == "emoji" and lines[1].split()[-1] == "yes"
-    assert all(line.split()[-1] == "no" for line in lines[2:])
+    assert len(lines) == 12 and lines[1].split()[0] == "emoji" and lines[1].split()[-1] == "yes"
+    here = {line.split()[0]: line.split()[-1] for line in lines[2:]}
+    assert here.pop("photos") == ("yes" if installed("efficientnet-lite0") else "no") and set(here.values()) == {"no"}
     assert "151 M" in next(line for line in lines if line.startswith("ViT-B/32"))
 
 

@@ -58,7 +58,7 @@ def test_a_design_survives_its_files(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, says", [
-    ("a.yaml", "- 1\n- 2", "a design is list"), ("a.yaml", "", "a design is NoneType"), ("a.json", "{", "not readable JSON"), ("a.yaml", "!!python/object/apply:os.system ['true']", "not readable YAML"),
+    ("a.yaml", "- 1\n- 2", "a design is list"), ("a.yaml", "", "a design is NoneType"), ("a.json", "{", "not readable as JSON"), ("a.yaml", "!!python/object/apply:os.system ['true']", "not readable as YAML"),
     ("a.txt", "", "is a .yaml or .json file"), ("a.yaml", "name: x\ntitle: t", "needs question, data"), ("a.json", json.dumps(dict(name="x", title="t", question="q", data="d", consent={"whom": "me"})), "consent has no entry 'whom'"),
     ("a.yaml", "name: x\ntitle: t\nquestion: q\ndata: d\nclasses: [yes, no]", "different names")])
 def test_files_that_are_no_design(tmp_path, name, text, says):

@@ -47,7 +47,7 @@ def test_load_to_first_answer_imports_nothing_that_would_slow_it(record_property
 
 
 def test_public_face():
-    assert clip_lab.available_models() == ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "emoji"]
+    assert clip_lab.available_models() == ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "emoji", "photos"]
     assert clip_lab.tokenize("Hello World!")[0, :5].tolist() == [49406, 3306, 1002, 256, 49407]
 
 

@@ -342,7 +342,7 @@ def test_newer_formats_and_wrong_arguments(tmp_path):
 
 
 def test_names_are_openais():
-    assert available_models() == ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "emoji"]
+    assert available_models() == ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "emoji", "photos"]
     prefixes = dict(zip(RELEASED, "afeb0e10 8fa8567b 7e526bd1 52378b40 be1cfb55 40d36571 5806e77c b8cca3fd 3035c92b".split()))
     assert {n: r.sha256[:8] for n, r in RELEASED.items()} == prefixes
     assert locate("emoji").parts[-3:] == ("assets", "weights", "emoji.safetensors")

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 import hashlib
 import json
 from pathlib import Path
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -186,27 +187,53 @@ def seal(folder: str | Path) -> Path:
     (folder / SUMS).write_text("".join(f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder).as_posix()}\n" for f in files), encoding="utf-8")
     return folder / SUMS
 
+def _told(folder: Path) -> dict[str, str]:
+    "The file names in a seal, and the checksum of each."
+    try: return dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())
+    except ValueError as error: raise ValueError(f"{folder / SUMS} is not a file of checksums ({error}); make the audit again, or ask its author") from error
+
+def _put_back(folder: Path) -> Path:
+    "The folder; if a run was killed just before a new audit took its name, the one before gets it back."
+    if not folder.exists() and (before := folder.with_name(f".{folder.name}.before")).is_dir(): before.rename(folder)
+    return folder
+
 def check_seal(folder: str | Path) -> None:
     "A ValueError that names the files that were changed, removed or added since a folder was sealed."
-    folder = Path(folder)
+    folder = _put_back(Path(folder).resolve())
     if not (folder / SUMS).is_file(): raise FileNotFoundError(f"{folder} has no {SUMS}; expected a folder that `clip-lab audit` wrote")
-    told = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())
+    told = _told(folder)
     there = {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file() and f.name != SUMS}
     wrong = [f"{name} was {what}" for what, names in (("removed", told.keys() - there.keys()), ("added", there.keys() - told.keys()), ("changed", {n for n in told.keys() & there.keys() if told[n] != there[n]})) for name in sorted(names)]
     if wrong: raise ValueError(f"{folder} is not as it was sealed: {'; '.join(wrong)}. Make the audit again, or ask its author")
 
-def write_audit(audit: Audit, folder: str | Path, **files: str) -> Path:        # files: more of them, such as {"index.html": page}
-    "An audit as a folder: audit.json, tables/*.csv, what else is given, SHA256SUMS. A folder that has other things in it is a ValueError."
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / SUMS).is_file(): raise ValueError(f"{folder} is not empty and no audit; choose another folder")
-    (folder / "tables").mkdir(parents=True, exist_ok=True)
-    for old in folder.rglob("*"):
-        if old.is_file(): old.unlink()
+def _fill(audit: Audit, folder: Path, files: Mapping[str, str]):
+    (folder / "tables").mkdir(parents=True)
     (folder / "audit.json").write_text(json.dumps(audit.to_dict(), ensure_ascii=False, indent=1, allow_nan=False), encoding="utf-8")
     for name, table in audit.tables.items(): (folder / "tables" / f"{name}.csv").write_text(csv_text(table), encoding="utf-8")
     for name, text in files.items(): (folder / name).write_text(text, encoding="utf-8")
     seal(folder)
-    return folder
+
+def _check_replaceable(folder: Path):
+    "A ValueError for a folder with anything in it that no audit wrote."
+    if not folder.exists() or not any(folder.iterdir()): return
+    if not all((folder / name).is_file() for name in (SUMS, "audit.json")): raise ValueError(f"{folder} is not empty and no audit; choose another folder")
+    if strange := sorted({f.relative_to(folder).as_posix() for f in folder.rglob("*") if not f.is_dir()} - _told(folder).keys() - {SUMS}):
+        raise ValueError(f"{folder} has {strange[0]}, which is no part of the audit in it and would be lost; move it elsewhere, or choose another folder")
+
+def write_audit(audit: Audit, folder: str | Path, **files: str) -> Path:        # files: more of them, such as {"index.html": page}
+    "An audit as a folder: audit.json, tables/*.csv, what else is given, SHA256SUMS; whole, or what was there before. A folder with other things in it is a ValueError."
+    asked, folder = Path(folder), _put_back(Path(folder).resolve())
+    _check_replaceable(folder)
+    fresh, before = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.before")
+    for left in (fresh, before): shutil.rmtree(left, ignore_errors=True)      # of a run that was killed
+    try: _fill(audit, fresh, files)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise OSError(f"{asked} could not be written ({error}); what stood there before is unchanged") from error
+    if folder.exists(): folder.rename(before)
+    fresh.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
+    return asked
 
 def read_audit(folder: str | Path) -> Audit:
     "The audit of a folder, after its seal was checked."

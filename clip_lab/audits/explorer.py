@@ -70,7 +70,7 @@ def check_state(state: State) -> None:
     if len(state.edits) > 2 * MOST_LABELS or len(state.templates) > 100: raise ValueError("That is more than a label set may hold.")
     if wrong := [e for e in state.edits if _SHAPES.get(e[0] if e else "") != len(e)]: raise ValueError(f"{str(wrong[0])[:60]} is not an edit of a label set")
     if isinstance(state.threshold, bool) or not isinstance(state.threshold, (int, float)): raise ValueError(f"threshold is {state.threshold!r}; expected a share")
-    if not 0 < state.threshold < 1: raise ValueError(f"A threshold of {100 * state.threshold:g} % gives every label to everybody or none to anybody. Choose one between 0 and 100 %.")
+    if not 0 < state.threshold < 1: raise ValueError(f"A threshold of {100 * max(-1e6, min(1e6, state.threshold)):g} % gives every label to everybody or none to anybody. Choose one between 0 and 100 %.")
     if not isinstance(state.harm, bool): raise ValueError(f"harm is {state.harm!r}; expected True or False")
 
 # %% ../../nbs/audits/48_explorer.ipynb #1c4fbab5

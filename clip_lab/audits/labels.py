@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 import yaml
 
+from ..data.plain import naming, read_plain
 from ..evals.prompts import Template, as_text, check_templates
 from ..evals.zeroshot import TextWeights, _check_rows, _chunks
 from ..model import CLIP
@@ -168,9 +169,7 @@ def read_labels(
     "A label set from YAML; what is missing, unknown or twice there is a ValueError that names the file."
     file = Path(file) if isinstance(file, str) else file
     if not file.is_file(): raise FileNotFoundError(f"{file} is not there; expected a label set in YAML. Shipped ones are read by name: {', '.join(shipped())}")
-    try: found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise ValueError(f"{file} is not readable as YAML: {error}") from error
-    return from_plain(found, str(file))
+    with naming(file): return from_plain(read_plain(file), str(file))
 
 # %% ../../nbs/audits/41_labels.ipynb #ad2975db
 ASSETS = resources.files("clip_lab") / "assets" / "labels"

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-import yaml
-
 from .people import FAIRFACE, People, Provenance, emoji_people, from_evalset
 from ..data import emoji
+from ..data.plain import naming, read_plain
 from ..data.sets import open_set
 from ..data.upload import Limits, read_folder, read_zip
 
@@ -25,13 +24,11 @@ def read_provenance(file: str | Path) -> Provenance:
     "The five answers of a YAML file; what is missing, unknown or empty there is a ValueError that names it."
     file = Path(file)
     if not file.is_file(): raise FileNotFoundError(f"{file} is not there. Say in a YAML file where pictures and groups come from, with the keys {', '.join(_QUESTIONS)}; 'not known' is an answer")
-    try: found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise ValueError(f"{file} is not readable as YAML: {error}") from error
+    found = read_plain(file)
     if not isinstance(found, dict): raise ValueError(f"{file} has no keys; expected {', '.join(_QUESTIONS)}")
     if lost := [q for q in _QUESTIONS if q not in found]: raise ValueError(f"{file} does not answer {lost[0]!r}; expected {', '.join(_QUESTIONS)}")
     if odd := [k for k in found if k not in _QUESTIONS]: raise ValueError(f"{file} answers {odd[0]!r}, which nobody asked; expected {', '.join(_QUESTIONS)}")
-    try: return Provenance(**found)
-    except ValueError as error: raise ValueError(f"{file}: {error}") from error
+    with naming(file): return Provenance(**found)
 
 # %% ../../nbs/audits/40b_sources.ipynb #0773d935
 _OWN = Limits(archive_bytes=10**12, entries=10**7, total_bytes=10**12, rows=10**7, groups=1000)      # for pictures on one's own disk, which nobody uploads

@@ -64,9 +64,26 @@ class Results:
     def save(self, bundle: Bundle) -> Path:
         "Store a bundle, in place of one with the same question. Raises OSError that says nothing was changed."
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(bundle.to_dict(), ensure_ascii=False, indent=1, allow_nan=False).encode()
-        if bundle.answers is not None: self._write(self._file(bundle.id, "parquet"), bundle.answers.to_parquet(index=False))
-        return self._write(self._file(bundle.id), text)
+        answers = None if bundle.answers is None else bundle.answers.to_parquet(index=False)
+        name = None if answers is None else f"{bundle.id}.{hashlib.sha256(answers).hexdigest()[:12]}.parquet"
+        text = json.dumps(bundle.to_dict() | {"answers": name}, ensure_ascii=False, indent=1, allow_nan=False).encode()
+        before = self._answers(bundle.id) if bundle.asked in self else None
+        if answers is not None: self._write(self.folder / name, answers)
+        file = self._write(self._file(bundle.id), text)       # from here on the new answers are meant
+        if before and before.name != name: before.unlink(missing_ok=True)
+        return file
+
+    def _content(self, name: str) -> dict:
+        file = self._file(name)
+        try: return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error: raise ValueError(f"{file} is not a result ({error}); delete it and evaluate again") from error
+
+    def _answers(self, name: str) -> Path | None:
+        "The file with the answers of a bundle; those of an earlier version have the name of the bundle."
+        try: told = self._content(name).get("answers", f"{name}.parquet")
+        except ValueError: return None
+        file = self.folder / Path(told or "").name            # whatever the JSON says, in no other folder
+        return file if told and file.is_file() else None
 
     def _write(self, file: Path, data: bytes) -> Path:
         fresh = file.with_name(f".{file.name}.{os.getpid()}")
@@ -87,11 +104,9 @@ class Results:
         if isinstance(name, dict): name = name_of(name)
         found = [n for n in self.names() if n.startswith(name)]
         if len(found) != 1: raise KeyError(f"{self.folder} has {len(found) or 'no'} bundle{'s' * (len(found) > 1)} {name!r}" + (f": {', '.join(found[:5])}" if found else f" among {len(self.names())}"))
-        file = self._file(found[0])
-        try: content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error: raise ValueError(f"{file} is not a result ({error}); delete it and evaluate again") from error
-        answers = self._file(found[0], "parquet")
-        return Bundle(content["asked"], pd.DataFrame(content["rows"]), pd.read_parquet(answers) if answers.exists() else None, content["details"], tuple(content["notes"]), content["made"])
+        content, answers = self._content(found[0]), self._answers(found[0])
+        if answers is None and content.get("answers"): raise ValueError(f"{self._file(found[0])} has lost its answers, {content['answers']}; delete it and evaluate again")
+        return Bundle(content["asked"], pd.DataFrame(content["rows"]), None if answers is None else pd.read_parquet(answers), content["details"], tuple(content["notes"]), content["made"])
 
     def __iter__(self) -> Iterator[Bundle]: return map(self.get, self.names())
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from ..data import offline
 from ..data.evalset import EvalSet, Target
+from ..data.plain import naming, read_plain
 from ..data.sets import open_set
 from .drawings import emoji_study
 
@@ -136,9 +137,9 @@ def _wrong(d: Design) -> list[str]:
     if isinstance(d.classes, tuple):
         expect(len(d.classes) != 1, "classes", "at least two, or none for all of the set")
         expect(DONT_KNOW not in d.classes, "classes", f"names of classes only; {DONT_KNOW!r} is always there")
-        if d.classes and isinstance(d.obvious, tuple): expect(set(d.obvious) <= set(d.classes), "obvious", "some of the classes")
+        if d.classes and isinstance(d.obvious, tuple) and all(isinstance(c, str) for c in d.classes + d.obvious): expect(set(d.obvious) <= set(d.classes), "obvious", "some of the classes")
     expect(isinstance(d.shots, tuple) and len(d.shots) > 0 and all(_whole(s, 0, 5) for s in d.shots) and list(d.shots) == sorted(set(d.shots)), "shots", "numbers of examples from 0 to 5, each once, ascending")
-    expect(d.order in ORDERS, "order", f"one of {', '.join(ORDERS)}")
+    expect(isinstance(d.order, str) and d.order in ORDERS, "order", f"one of {', '.join(ORDERS)}")
     for name in ("version", "repeats", "pictures_per_participant"): expect(_whole(getattr(d, name), 1), name, "a whole number from 1")
     for name in ("pictures", "participants", "break_every"): expect(getattr(d, name) is None or _whole(getattr(d, name), 1), name, "a whole number from 1, or nothing")
     for name in ("seed", "practice"): expect(_whole(getattr(d, name), 0), name, "a whole number from 0")
@@ -165,13 +166,9 @@ def _wrong_parts(d: Design) -> list[str]:
 # %% ../../nbs/humans/50_design.ipynb #3685c788
 def read_design(file: str | Path) -> Design:      # .yaml, .yml or .json
     "The design in a file; what is wrong with it is a ValueError that names the file."
-    import yaml      # here, because only files need it
     file = Path(file)
     if file.suffix.lower() not in (".yaml", ".yml", ".json"): raise ValueError(f"{file}: a design is a .yaml or .json file")
-    try: values = json.loads(file.read_text("utf-8")) if file.suffix.lower() == ".json" else yaml.safe_load(file.read_text("utf-8"))
-    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error: raise ValueError(f"{file} is not readable {file.suffix[1:].upper()}: {error}") from error
-    try: return Design.from_dict(values)
-    except ValueError as error: raise ValueError(f"{file}: {error}") from error
+    with naming(file): return Design.from_dict(read_plain(file))
 
 def save_design(design: Design, file: str | Path) -> Path:
     "Write the design, every value spelled out; a file that is there and differs is not overwritten."

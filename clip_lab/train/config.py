@@ -8,11 +8,12 @@ __all__ = ['FREE', 'TrainConfig', 'write_config', 'read_config', 'differences', 
 # %% ../../nbs/train/12f_config.ipynb #3ddf2123
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
 
+from ..data.plain import naming, read_plain
 from ..model import CONFIGS, build
 from .memory import checkpoint_blocks, saved_bytes
 
@@ -74,21 +75,30 @@ def write_config(config: TrainConfig, path: Path, **more) -> None:
     plain = {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
     Path(path).write_text(yaml.safe_dump(plain | ({"run": more} if more else {}), sort_keys=False))
 
+def _fits(value, kind) -> bool:
+    "Is a value from a file of the kind that a field has?"
+    parts = get_args(kind)
+    if get_origin(kind) is Literal: return value in parts
+    if get_origin(kind) is tuple: return isinstance(value, tuple) and (all(_fits(v, parts[0]) for v in value) if ... in parts else len(value) == len(parts) and all(map(_fits, value, parts)))
+    return any(_fits(value, p) for p in parts) if parts else isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
 def read_config(path: Path) -> TrainConfig:
     "The configuration in a YAML file. Raises ValueError for a key that is no field, and for a value of another kind."
-    values = yaml.safe_load(Path(path).read_text()) or {}
+    values = read_plain(path) or {}
     if not isinstance(values, dict): raise ValueError(f"{path} holds {type(values).__name__}; expected one `field: value` a line")
     values.pop("run", None)
-    known, defaults = {f.name for f in fields(TrainConfig)}, TrainConfig()
-    if extra := set(values) - known: raise ValueError(f"{path}: {', '.join(sorted(extra))} is no setting; there are {', '.join(sorted(known))}")
+    kinds, defaults = get_type_hints(TrainConfig), TrainConfig()
+    if extra := set(values) - set(kinds): raise ValueError(f"{path}: {', '.join(sorted(map(str, extra)))[:200]} is no setting; there are {', '.join(sorted(kinds))}")
     for name, value in values.items():
         default = getattr(defaults, name)
-        if isinstance(default, tuple) and isinstance(value, list): value = tuple(value)
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool): value = float(value)
-        if isinstance(default, Path): value = Path(value)
-        if default is not None and type(value) is not type(default): raise ValueError(f"{path}: {name} is {value!r}; expected {type(default).__name__}, such as {default!r}")
+        if isinstance(value, list): value = tuple(float(v) if float in get_args(kinds[name]) and type(v) is int else v for v in value)
+        if isinstance(default, float) and type(value) is int: value = float(value)
+        if isinstance(default, Path) and isinstance(value, str): value = Path(value)
+        if not _fits(value, kinds[name]):
+            wanted = getattr(kinds[name], "__name__", kinds[name]) if default is not None and get_origin(kinds[name]) is not Literal else str(kinds[name]).replace("typing.", "")
+            raise ValueError(f"{path}: {name} is {repr(value)[:200]}; expected {wanted}, such as {default!r}")
         values[name] = value
-    return TrainConfig(**values)
+    with naming(path): return TrainConfig(**values)
 
 # %% ../../nbs/train/12f_config.ipynb #10ee5c9f
 FREE = {"output", "log_every", "eval_every", "save_every", "keep", "track", "cpu"}
@@ -99,7 +109,7 @@ def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple]:
 
 def check_same_run(path: Path, config: TrainConfig, processes: int, sharded: bool = False) -> None:
     "Raises ValueError when the `config.yaml` at `path` is of a run with other settings, another number of processes, or weights that were sharded there and not here."
-    was = yaml.safe_load(Path(path).read_text())["run"]
+    was = read_plain(path)["run"]
     if was["processes"] != processes: raise ValueError(f"{path} is of a run with {was['processes']} processes, this one has {processes}; data positions and random states belong to processes. "
                                                        f"Start with {was['processes']}, or begin a new run from its weights with --init")
     if was.get("sharded", False) != sharded: raise ValueError(f"{path} is of a run with {'whole' if sharded else 'sharded'} weights, this one has them {'sharded' if sharded else 'whole'}; "

@@ -1,0 +1,138 @@
+"""Writers that are killed: a process that has imported everything, and forks a child for each line it is told.
+
+A line is JSON: {"kind": a writer below, "folder": where it writes, "said": the file where it says what is done, "seed", "line": kill it before so many lines of clip_lab have run, "after": or after so many seconds}.
+The answer is a line: {"code": exit code or minus the signal, "lines": lines run, "seconds"}. What a writer says, it says after the library returned: that is what must be there afterwards.
+"""
+import io
+import json
+import os
+from pathlib import Path
+import signal
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+
+import clip_lab
+from clip_lab.audits.card import Audit, write_audit
+from clip_lab.data import curate as curating
+from clip_lab.embed import EmbeddingCache
+from clip_lab.evals.results import ROWS, Bundle, Results
+from clip_lab.model import CONFIGS, CLIPConfig
+from clip_lab.train.config import TrainConfig
+from clip_lab.train.loop import train
+
+CONFIGS["tiny"] = CLIPConfig("tiny", 16, 32, 1, 64, 16, context_length=32, vocab_size=600, text_width=64, text_heads=1, text_layers=1)
+HOME = str(Path(clip_lab.__file__).parent)
+
+
+# ---- what is written: each is a function of (folder, say, seed) that goes on where a killed one stopped
+
+def rows_of(n: int) -> torch.Tensor: return torch.tensor([[float(n)] * 64])
+def key_of(n: int) -> bytes: return n.to_bytes(32, "big")
+
+
+def cache(folder, say, seed):
+    store = EmbeddingCache(folder)
+    start = store.count() // 4
+    for batch in range(start, start + 12):
+        numbers = range(4 * batch, 4 * batch + 4)
+        store.put("scope", [key_of(n) for n in numbers], torch.cat([rows_of(n) for n in numbers]))
+        say(batch)
+
+
+def bundle_of(question: int, edition: int) -> Bundle:
+    rows = pd.DataFrame([dict(zip(ROWS, ["all", "accuracy", edition / 100_000, 0.0, 1.0, 50, 0.1]))])
+    answers = None if edition % 3 == 0 else pd.DataFrame(dict(picture=np.arange(50), label="a", answer="b", rank=edition))
+    return Bundle(dict(task="zero-shot", model="tiny", weights_hash="0", data=f"set {question}", data_hash="1", target="t"), rows, answers)
+
+
+def results(folder, say, seed):
+    store, rng = Results(folder), np.random.default_rng(seed)
+    for edition in range(12 * seed + 1, 12 * seed + 13):       # later ones are larger
+        question = int(rng.integers(4))
+        store.save(bundle_of(question, edition))
+        say([question, edition])
+
+
+def audit_of(edition: int) -> Audit:
+    table = pd.DataFrame(dict(group=[f"g{i}" for i in range(40)], k=edition, n=100))
+    return Audit(dict(edition=edition), {f"table{i}": table for i in range(4)}, (f"edition {edition}",), dict(version="1", at="now"))
+
+
+def audits(folder, say, seed):
+    for edition in range(seed * 10, seed * 10 + 6):
+        write_audit(audit_of(edition), folder / "report", **{"index.html": f"<p>{edition}</p>"})
+        say(edition)
+
+
+def shards(folder: Path) -> list[Path]:
+    "Three small tables of captions; made once."
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["cat", "dog", "house", "tree", "sea", "unheard"]
+    for i in range(3):
+        file, rng = folder / f"s{i}.parquet", np.random.default_rng(i)
+        if not file.exists(): pd.DataFrame(dict(caption=[" ".join(rng.choice(words, 2)) for _ in range(60)], k=[f"{i}-{j}" for j in range(60)])).to_parquet(file)
+    return sorted(folder.glob("*.parquet"))
+
+
+def curation(folder, say, seed):
+    queries = pd.DataFrame(dict(query=["cat", "dog", "house", "tree", "sea"], sources="words"))
+    report = curating.curate(shards(folder.parent / "in"), queries, folder / "out", t=15, key_column="k")
+    say(report.pairs_out)
+
+
+def training(folder, say, seed):
+    config = TrainConfig(model="tiny", output=folder / "run", steps=12, warmup=1, batch_size=8, precision="no", styles=("noto",), clipart_share=0.0, save_every=2, log_every=1, cpu=True)
+    train(config, resume=True, report=lambda line: say(line["step"]))
+    say("done")
+
+
+WRITERS = dict(cache=cache, results=results, audits=audits, curation=curation, training=training)
+
+
+# ---- life and death
+
+def live(order: dict) -> None:
+    "The child: write, and die when it is time."
+    said = os.open(order["said"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    def say(what): os.write(said, (json.dumps(what) + "\n").encode())
+    count, last = [0], order.get("line")
+    def line(frame, event, arg):
+        if event == "line":
+            count[0] += 1
+            if count[0] == last: os.kill(os.getpid(), signal.SIGKILL)
+        return line
+    def call(frame, event, arg): return line if frame.f_code.co_filename.startswith(HOME) else None
+    sys.settrace(call)
+    try: WRITERS[order["kind"]](Path(order["folder"]), say, order["seed"])
+    finally:
+        sys.settrace(None)
+        Path(order["said"] + ".lines").write_text(str(count[0]))
+
+
+def tend(order: dict) -> dict:
+    "Fork, wait, kill where the order says so."
+    start = time.monotonic()
+    if not (child := os.fork()):
+        code = 1
+        try: live(order); code = 0
+        except BaseException:
+            import traceback
+            Path(order["said"] + ".error").write_text(traceback.format_exc())
+        finally: os._exit(code)
+    if (after := order.get("after")) is not None:
+        time.sleep(after)
+        try: os.kill(child, signal.SIGKILL)
+        except ProcessLookupError: pass
+    status = os.waitpid(child, 0)[1]
+    lines = Path(order["said"] + ".lines")
+    return dict(code=os.waitstatus_to_exitcode(status), lines=int(lines.read_text()) if lines.exists() else None, seconds=time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print("ready", flush=True)
+    for text in sys.stdin: print(json.dumps(tend(json.loads(text))), flush=True)
