@@ -34,10 +34,9 @@ from ..evals.wording import read_labels, read_templates
 from ..evals.zeroshot import TextWeights, classify_features, ensemble
 from ..model import CLIP
 from .bias import associated_bars, moves_plot, rate_curves
-from .describe import describe
 from .figures import _done, _inches, _name_points, _new, shown
 from .gallery import threshold_figure
-from .plots import FAINT, INK, MUTED, OKABE_ITO, QUIET, STYLE, alt_text, interval_plot, label_bars
+from .plots import FAINT, MUTED, OKABE_ITO, STYLE, alt_text, interval_plot, label_bars
 from .training import PANELS, curves, read_log
 
 # %% ../../nbs/ui/65_widgets.ipynb #1423c887
