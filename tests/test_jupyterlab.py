@@ -140,6 +140,6 @@ def test_a_mistake_in_a_field_is_told_and_the_figure_stays(page):
     cell.get_by_text("The last figure is still shown").wait_for()
     assert "exactly one {}" in sentence.inner_text() and figure.get_attribute("src") == before
     cell.get_by_label("templates").fill("{}")
-    cell.get_by_label("labels, one a line").fill("a cat\na wheel\na violin")
+    cell.get_by_label("labels", exact=True).fill("a cat\na wheel\na violin")
     page.wait_for_function("([img, before]) => !img.isConnected || img.src !== before", arg=[figure.element_handle(), before])
     sentence.filter(has_text="Of 3 labels").wait_for()

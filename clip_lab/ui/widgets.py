@@ -34,10 +34,9 @@ from ..evals.wording import read_labels, read_templates
 from ..evals.zeroshot import TextWeights, classify_features, ensemble
 from ..model import CLIP
 from .bias import associated_bars, moves_plot, rate_curves
-from .describe import describe
 from .figures import _done, _inches, _name_points, _new, shown
 from .gallery import threshold_figure
-from .plots import FAINT, INK, MUTED, OKABE_ITO, QUIET, STYLE, alt_text, interval_plot, label_bars
+from .plots import FAINT, MUTED, OKABE_ITO, STYLE, alt_text, interval_plot, label_bars
 from .training import PANELS, curves, read_log
 
 # %% ../../nbs/ui/65_widgets.ipynb #1423c887
@@ -201,7 +200,7 @@ def prompt_explorer(
     w, texts = _ipywidgets(), texts or TextWeights(model)
     together = lambda x: x if isinstance(x, str) else "\n".join(x)
     return Explorer(lambda **v: prompt_figure(model, features, pictures, names, **v, texts=texts),
-                    labels=w.Textarea(together(labels), description="labels, one a line", rows=6, **_WIDE), templates=w.Textarea(together(templates or templates_for(model.config.name)), description="templates", rows=3, **_WIDE),
+                    labels=w.Textarea(together(labels), description="labels", placeholder="one a line", rows=6, **_WIDE), templates=w.Textarea(together(templates or templates_for(model.config.name)), description="templates", placeholder="one a line, each with {}", rows=3, **_WIDE),
                     chosen=w.Dropdown(options=list(names), description="picture", **_WIDE))
 
 # %% ../../nbs/ui/65_widgets.ipynb #78e7745b
