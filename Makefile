@@ -20,7 +20,7 @@ docs: .venv/.stamp-dev  ## the notebooks as a site with search, build/docs/html/
 	$(BIN)/python tools/docs.py
 
 lab: .venv/.stamp-dev  ## JupyterLab on the notebooks, beginning with CLIP in ten minutes
-	$(BIN)/jupyter lab --ip 127.0.0.1 nbs/ten_minutes.ipynb
+	$(BIN)/jupyter lab --ip 127.0.0.1 --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate nbs/ten_minutes.ipynb
 
 notebooks: .venv/.stamp-dev  ## run all notebooks and save what they show
 	$(BIN)/python tools/notebooks.py
