@@ -139,7 +139,7 @@ def towers(args):
     for name in ("ViT-B/32", "RN50"):
         clip = build(name, seed=0)
         peers = {"open_clip": open_clip_side(clip)[0]} if name == "ViT-B/32" else {"open_clip": open_clip_resnet(clip)}
-        if name == "RN50": clip.visual.to(memory_format=torch.channels_last)      # as `load` does
+        if name == "RN50": clip.visual.to(memory_format=torch.channels_last)      # what training does; `load` leaves the order of the file
         if name == "ViT-B/32": peers["transformers"] = transformers_side(clip)
         for size in args.batches:
             if size > args.largest: continue

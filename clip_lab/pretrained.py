@@ -274,7 +274,6 @@ def load(
         raise ValueError(f"{path} holds {checkpoint.config}, which is not {name_or_path}; delete it and load again")
     model = unset(checkpoint.config)
     model.load_state_dict(_cast(checkpoint.state, dtype), strict=True, assign=True)
-    if not checkpoint.config.is_vit: model.visual.to(memory_format=torch.channels_last)     # the order in which convolutions are fastest, here as on a GPU
     return model.to(device).eval(), checkpoint.preprocess
 
 # %% ../nbs/08c_pretrained.ipynb #8db9b5de
