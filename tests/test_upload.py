@@ -89,7 +89,8 @@ def test_encrypted_damaged_and_foreign_files(zipped, tmp_path):
     path.write_bytes(data)
     with pytest.raises(UploadError, match="cannot be unpacked .*Pack it again"): read_zip(path)
     with pytest.raises(UploadError, match="packed in an unusual way"): read_zip(pack(tmp_path / "lzma.zip", [("a.png", picture())], zipfile.ZIP_LZMA))
-    with pytest.raises(UploadError, match="entry without a name"): read_zip(zipped((zipfile.ZipInfo("\0"), picture())))
+    for name in ("\0", ".", "./.", ".\\", " "):
+        with pytest.raises(UploadError, match="entry without a name"): read_zip(zipped((zipfile.ZipInfo(name), picture())))
     for junk in (b"", b"PK\x05\x06", b"Rar!\x1a\x07", os.urandom(500), path.read_bytes()[:300]):
         (tmp_path / "junk.zip").write_bytes(junk)
         with pytest.raises(UploadError, match="junk.zip is not a zip|has no pictures"): read_zip(tmp_path / "junk.zip")

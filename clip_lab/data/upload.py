@@ -54,8 +54,8 @@ class _Entry(NamedTuple):
 
 def _safe_name(name: str, where: str) -> str:
     "The name in one spelling; UploadError for one that leaves its folder."
-    if not name.strip(): raise UploadError(f"{where} has an entry without a name. Nothing was read. Pack it again as an ordinary zip.")
     plain = unicodedata.normalize("NFC", name.replace("\\", "/"))
+    if not PurePosixPath(plain.strip()).parts and not name.endswith("/"): raise UploadError(f"{where} has an entry without a name. Nothing was read. Pack it again as an ordinary zip.")
     if plain.startswith("/") or plain[1:2] == ":" or ".." in PurePosixPath(plain).parts or "\0" in plain:
         raise UploadError(f"{where} has an entry named {name[:80]!r}, which leads out of the archive. Nothing was read. Pack the pictures again with plain relative names.")
     return str(PurePosixPath(plain))

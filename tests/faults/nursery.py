@@ -24,7 +24,7 @@ from clip_lab.model import CONFIGS, CLIPConfig
 from clip_lab.train.config import TrainConfig
 from clip_lab.train.loop import train
 
-CONFIGS["tiny"] = CLIPConfig("tiny", 16, 32, 1, 64, 16, context_length=32, vocab_size=600, text_width=64, text_heads=1, text_layers=1)
+TINY = CLIPConfig("tiny", 16, 32, 1, 64, 16, context_length=32, vocab_size=600, text_width=64, text_heads=1, text_layers=1)
 HOME = str(Path(clip_lab.__file__).parent)
 
 
@@ -85,6 +85,7 @@ def curation(folder, say, seed):
 
 
 def training(folder, say, seed):
+    CONFIGS["tiny"] = TINY       # in the child alone
     config = TrainConfig(model="tiny", output=folder / "run", steps=12, warmup=1, batch_size=8, precision="no", styles=("noto",), clipart_share=0.0, save_every=2, log_every=1, cpu=True)
     train(config, resume=True, report=lambda line: say(line["step"]))
     say("done")

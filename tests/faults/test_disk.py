@@ -61,7 +61,7 @@ class Case:
 
 def put(folder, n): EmbeddingCache(folder / "c").put("scope", [nursery.key_of(n)], nursery.rows_of(n).expand(1, -1))
 def big(n): return {f"t{i}": torch.full((64, 64), float(n)) for i in range(4)}
-def tiny(n): return build(nursery.CONFIGS["tiny"], seed=n)
+def tiny(n): return build(nursery.TINY, seed=n)
 def step(folder, n): return Checkpoints(folder / "k", keep=1).write(n, lambda f: write_tensors(big(n), f / "weights.safetensors", {}))
 
 

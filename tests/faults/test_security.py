@@ -171,7 +171,7 @@ def test_a_header_cannot_ask_for_a_huge_model(tmp_path):
     from clip_lab.pretrained import save
     from clip_lab.images import preprocess
     from clip_lab.model import build
-    own = save(build(nursery.CONFIGS["tiny"], seed=0), preprocess(32), tmp_path / "own.safetensors").read_bytes()
+    own = save(build(nursery.TINY, seed=0), preprocess(32), tmp_path / "own.safetensors").read_bytes()
     n = int.from_bytes(own[:8], "little")
     for field, value in (("vision_layers", 10 ** 9), ("text_layers", 10 ** 9), ("text_layers", 10 ** 30), ("vocab_size", 2 ** 30), ("image_resolution", 2 ** 20), ("vision_layers", [10 ** 8] * 4), ("vision_width", True), ("context_length", -1), ("text_heads", 3), ("name", ["x"])):
         header = json.loads(own[8:8 + n])
