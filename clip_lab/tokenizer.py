@@ -9,10 +9,12 @@ __all__ = ['MERGES_FILE', 'N_MERGES', 'SOT', 'EOT', 'WORD', 'byte_characters', '
 # %% ../nbs/00_tokenizer.ipynb #990ede08
 import gzip
 import html
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib.resources import files
-from itertools import chain
+from itertools import chain, islice
+from threading import Lock
 
 import ftfy
 import numpy as np
@@ -51,8 +53,17 @@ def vocabulary(
     return [*letters, *(c + "</w>" for c in letters), *(a + b for a, b in merges), SOT, EOT], merges
 
 # %% ../nbs/00_tokenizer.ipynb #eebfe63a
+_ENTITY = re.compile("&[#0-9A-Za-z]")  # how one begins, for ftfy and for HTML
+
+
 def _plain(text: str) -> bool:
-    return text.isascii() and "&" not in text and text.isprintable()  # neither ftfy nor HTML finds anything, and the only white space is the blank
+    "Whether neither ftfy nor HTML finds anything, and the only white space is the blank."
+    return text.isascii() and text.isprintable() and not ("&" in text and _ENTITY.search(text))
+
+
+def _straight(text: str) -> str:
+    "Without curly quotes."
+    return text if text.isascii() else text.replace("’", "'").replace("‘", "'").replace("“", '"').replace("”", '"')
 
 
 def clean(
@@ -64,7 +75,7 @@ def clean(
 
 def _split(text: str) -> list[str]:
     "The pieces between the blanks of the cleaned text."
-    return (text if _plain(text) else html.unescape(html.unescape(ftfy.fix_text(text)))).lower().split()
+    return (plain if _plain(plain := _straight(text)) else html.unescape(html.unescape(ftfy.fix_text(text)))).lower().split()
 
 # %% ../nbs/00_tokenizer.ipynb #8931badc
 WORD = r"<\|[sſ]tartoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
@@ -105,22 +116,15 @@ def _fill(flat: np.ndarray, lengths: np.ndarray, sot: int, eot: int, context_len
             f"row {long[0]} has {lengths[long[0]] + 2} tokens with start and end{others}, but the context length is {context_length}: "
             f"shorten it, or pass truncate=True to keep its first {room} tokens and the end"
         )
+    starts, first = np.cumsum(lengths) - lengths, np.arange(n) * context_length + 1  # of a text: in flat, in filled
+    there = np.arange(len(flat)) + np.repeat(first - starts, lengths)
+    if len(long):
+        kept = there < np.repeat(first + room, lengths)
+        there, flat = there[kept], flat[kept]
     filled = np.zeros((n, context_length), dtype=np.int64)
     filled[:, 0] = sot
-    if n > 8:
-        starts, first = np.cumsum(lengths) - lengths, np.arange(n) * context_length + 1  # of a text: in flat, in filled
-        there = np.arange(len(flat)) + np.repeat(first - starts, lengths)
-        if len(long):
-            kept = there < np.repeat(first + room, lengths)
-            there, flat = there[kept], flat[kept]
-        filled.reshape(-1)[there] = flat
-        filled[np.arange(n), np.minimum(lengths, room) + 1] = eot
-    else:  # a few rows: a loop is faster
-        start = 0
-        for row, length in zip(filled, lengths.tolist()):
-            some = min(length, room)
-            row[1 : some + 1], row[some + 1] = flat[start : start + some], eot
-            start += length
+    filled.reshape(-1)[there] = flat
+    filled[np.arange(n), np.minimum(lengths, room) + 1] = eot
     return torch.from_numpy(filled)
 
 
@@ -136,18 +140,6 @@ def pack(
     return _fill(np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum())), lengths, sot, eot, context_length, truncate)
 
 # %% ../nbs/00_tokenizer.ipynb #ccfd1dbc
-def _spellings(entries: Sequence[str]) -> list[bytes]:
-    byte_of = {ord(character): byte for byte, character in byte_characters().items()}
-    spaced = (e.removesuffix("</w>") + " " if e.endswith("</w>") else e for e in entries)
-    return [text.translate(byte_of).encode("latin-1") for text in spaced]
-
-
-def _as_string(row: int, text: str) -> str:
-    if not isinstance(text, str):
-        raise TypeError(f"row {row} is {text!r:.60} ({type(text).__name__}): expected a string; fill or drop such rows first")
-    return text
-
-
 class _Pieces(dict):
     "Piece without blanks -> its ids as the bytes of int32, found at first sight; when it knows 65,536 it starts over."
 
@@ -161,6 +153,85 @@ class _Pieces(dict):
         return ids
 
 # %% ../nbs/00_tokenizer.ipynb #d187e168
+_MASKS = np.array([256**n - 1 for n in range(9)], dtype=np.uint64)  # the first n of eight bytes
+
+
+def _keys(letters: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "The first eight bytes of each word and the next eight, as integers; zeros where it is shorter."
+    eight = np.ndarray(len(letters) - 7, "<u8", letters, strides=(1,))
+    return eight[starts] & _MASKS[np.minimum(lengths, 8)], eight[starts + 8] & _MASKS[np.minimum(np.maximum(lengths, 8) - 8, 8)]
+
+
+class _Words:
+    "The ids of all words of many texts at once."
+
+    def __init__(self, pieces: _Pieces):
+        self.pieces, self.lock = pieces, Lock()
+        self.forget()
+
+    def forget(self):
+        self.low, self.high = np.zeros((2, 65_536), dtype=np.uint64)  # the word that a slot of the table is about; none is zero
+        self.first, self.count = np.zeros((2, 65_536), dtype=np.int64)  # its ids: ids[first : first + count]
+        self.ids = np.zeros(0, dtype=np.int32)
+
+    def __call__(self, lines: bytes) -> tuple[np.ndarray, np.ndarray]:
+        "Ids of all lines in one row, and how many each has; the lines are clean, and their only white space is blanks."
+        letters = b"\n" + lines + b"\n" + bytes(16)
+        codes = np.frombuffer(letters, dtype=np.uint8)
+        gap = codes <= 32
+        edges = np.flatnonzero(gap[1:] != gap[:-1]) + 1
+        starts, ends = edges[::2], edges[1::2]
+        words = (starts, ends, *_keys(letters, starts, ends - starts))
+        with self.lock:
+            first, count = self._find(letters, *words)
+            ids = self.ids
+            if len(ids) > 1_000_000:
+                self.forget()
+        before = np.concatenate([[0], np.cumsum(count)])  # ids before each word
+        flat = ids[np.repeat(first - before[:-1], count) + np.arange(before[-1])]
+        return flat, np.diff(before[np.searchsorted(starts, np.flatnonzero(codes == 10))])
+
+    def _find(self, letters, starts, ends, low, high) -> tuple[np.ndarray, np.ndarray]:
+        slot = ((low * np.uint64(0x9E3779B97F4A7C15) ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) >> np.uint64(48)).astype(np.int64)
+        first, count = self.first[slot], self.count[slot]
+        short = ends - starts <= 16
+        missed = np.flatnonzero((self.low[slot] != low) | (self.high[slot] != high) | ~short)
+        if len(missed):
+            found = [self.pieces[letters[i:j].decode()] for i, j in zip(starts[missed].tolist(), ends[missed].tolist())]
+            n = np.fromiter(map(len, found), dtype=np.int64, count=len(found)) // 4
+            first[missed], count[missed] = len(self.ids) + np.cumsum(n) - n, n
+            self.ids = np.concatenate([self.ids, np.frombuffer(b"".join(found), dtype=np.int32)])
+            kept = missed[short[missed]]  # two integers are all of it
+            there = slot[kept]
+            self.low[there], self.high[there], self.first[there], self.count[there] = low[kept], high[kept], first[kept], count[kept]
+        return first, count
+
+# %% ../nbs/00_tokenizer.ipynb #8cb7c9b4
+def _spellings(entries: Sequence[str]) -> list[bytes]:
+    byte_of = {ord(character): byte for byte, character in byte_characters().items()}
+    spaced = (e.removesuffix("</w>") + " " if e.endswith("</w>") else e for e in entries)
+    return [text.translate(byte_of).encode("latin-1") for text in spaced]
+
+
+def _lines(texts: list[str]) -> bytes | None:
+    "Cleaned texts, one a line; None if one has a character that does not belong into a line."
+    lines = texts
+    if odd := [i for i, text in enumerate(texts) if not (text.isascii() and text.isprintable()) or "&" in text]:
+        lines = list(texts)
+        for i in odd:
+            lines[i] = clean(texts[i])
+            if not lines[i].isprintable():
+                return None
+    return "\n".join(lines).encode().lower()  # bytes: what is not ASCII has its lower case from `clean`
+
+
+def _check_strings(texts: list[str], first: int = 0) -> None:
+    if set(map(type, texts)) != {str}:
+        for row, text in enumerate(texts, first):
+            if not isinstance(text, str):
+                raise TypeError(f"row {row} is {text!r:.60} ({type(text).__name__}): expected a string; fill or drop such rows first")
+
+# %% ../nbs/00_tokenizer.ipynb #14462e6e
 class Tokenizer:
     "CLIP's tokenizer (paper, section 2.4) with OpenAI's ids; with fewer merges, the same code for a smaller vocabulary."
 
@@ -175,6 +246,8 @@ class Tokenizer:
         self.sot, self.eot = self.vocab_size - 2, self.vocab_size - 1
         self._bytes = _spellings(entries[:-2])
         self._pieces = _Pieces(_engine(n_merges))
+        self._words = _Words(self._pieces)
+        self._start, self._end = (np.array([i], dtype=np.int32).tobytes() for i in (self.sot, self.eot))
 
     def __reduce__(self):  # another process gets two numbers, not the vocabulary and what was remembered
         return Tokenizer, (self.n_merges, self.context_length)
@@ -190,14 +263,24 @@ class Tokenizer:
         "A list of ids for each text, without start and end. TypeError names the row that is not a string."
         if isinstance(texts, str):
             raise TypeError(f"encode_batch expects many strings and got one, {texts!r:.60}: use encode")
-        return [np.frombuffer(row, dtype=np.int32).tolist() for row in self._rows(texts)]
+        flat, lengths = self._ids(texts)
+        ends, flat = np.cumsum(lengths).tolist(), flat.tolist()
+        return [flat[start:end] for start, end in zip([0, *ends], ends)]
 
-    def _rows(self, texts: Iterable[str]) -> list[bytes]:
-        known, rows = self._pieces.__getitem__, []
-        for text in texts:
-            words = text.lower().split() if isinstance(text, str) and _plain(text) else _split(_as_string(len(rows), text))
-            rows.append(b"".join(map(known, words)))
-        return rows
+    def _ids(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        "Ids of all texts in one row, and how many each has."
+        texts, parts, row = iter(texts), [], 0
+        while some := list(islice(texts, 1024)):
+            _check_strings(some, row)
+            lines = _lines(some) if len(some) > 16 else None
+            parts.append(self._one_by_one(some) if lines is None else self._words(lines))
+            row += len(some)
+        flat, lengths = zip(*parts) if parts else ([np.zeros(0, np.int32)], [np.zeros(0, np.int64)])
+        return np.concatenate(flat), np.concatenate(lengths)
+
+    def _one_by_one(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        rows = [b"".join(map(self._pieces.__getitem__, _split(text))) for text in texts]
+        return np.frombuffer(b"".join(rows), dtype=np.int32), np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)) // 4
 
     def decode(self, ids: Iterable[int]) -> str:
         "The cleaned text behind the ids of one row, up to its end symbol. ValueError names an id out of range."
@@ -215,10 +298,19 @@ class Tokenizer:
         truncate: bool = False,  # cut what is too long; the end symbol stays last
     ) -> torch.Tensor:
         "(n, context_length) int64: start, ids, end, zeros. ValueError names a row that is too long."
-        rows = self._rows([texts] if isinstance(texts, str) else texts)
-        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)) // 4
-        flat = np.frombuffer(b"".join(rows), dtype=np.int32)
-        return _fill(flat, lengths, self.sot, self.eot, self.context_length if context_length is None else context_length, truncate)
+        texts = [texts] if isinstance(texts, str) else texts
+        context_length = self.context_length if context_length is None else context_length
+        if isinstance(texts, list) and 0 < len(texts) <= 16 and (rows := self._few(texts, context_length)) is not None:
+            return rows
+        return _fill(*self._ids(texts), self.sot, self.eot, context_length, truncate)
+
+    def _few(self, texts: list[str], context_length: int) -> torch.Tensor | None:
+        "A few rows, with few of numpy's calls, which take longer than such texts; None if one does not fit."
+        _check_strings(texts)
+        rows = [b"".join([self._start, *map(self._pieces.__getitem__, _split(t)), self._end]).ljust(4 * context_length, b"\0") for t in texts]
+        if max(map(len, rows)) > 4 * context_length:
+            return None
+        return torch.from_numpy(np.frombuffer(b"".join(rows), dtype=np.int32).astype(np.int64).reshape(-1, context_length))
 
 # %% ../nbs/00_tokenizer.ipynb #15264736
 _openai = lru_cache(maxsize=1)(Tokenizer)

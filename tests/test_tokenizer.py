@@ -6,7 +6,9 @@ import importlib.util
 import json
 import os
 import pickle
+import random
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 
@@ -195,8 +197,11 @@ def test_too_long_names_row_count_length_and_remedy():
     ],
 )
 def test_what_is_not_a_string_is_named(tokenizer, texts, message):
-    with pytest.raises(TypeError, match=message):
-        tokenizer(texts)
+    for function in (tokenizer, tokenizer.encode_batch, lambda t: tokenizer(tuple(t))):
+        with pytest.raises(TypeError, match=message):
+            function(texts)
+    with pytest.raises(TypeError, match="row 2000 is 5 "):
+        tokenizer(["a cat"] * 2000 + [5])
 
 
 def test_one_string_is_not_many(tokenizer):
@@ -240,6 +245,39 @@ def test_copies_are_equal_and_light(tokenizer):
     twin = pickle.loads(pickle.dumps(Tokenizer(50, 9)))
     assert (twin.n_merges, twin.context_length) == (50, 9)
     assert torch.equal(copy.deepcopy(tokenizer)("a cat"), tokenizer("a cat"))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(texts=st.lists(STRINGS, min_size=17, max_size=60))
+@example(texts=["a", "b\nc", "“d”", "&amp;", "a\x00b", "\ud800", "a" * 40, "é" * 9] * 3).via("what a line cannot hold")
+@example(texts=["“a”", "‘b’", "x & y", "Ça", "a" * 16, "a" * 17, "éééééééé", ""] * 3).via("the fast path")
+def test_a_batch_is_its_texts_one_by_one(tokenizer, texts):
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_more_words_than_the_memory_holds():
+    "Slots of the table are taken by other words, and both memories start over."
+    small, chance = Tokenizer(100), random.Random(0)
+    words = ["".join(chance.choices("abcdefgh", k=chance.randint(1, 20))) for _ in range(72_000)]
+    texts = [" ".join(words[i : i + 9]) for i in range(0, len(words), 9)]
+    wanted = [small.encode(text) for text in texts]
+    for _ in range(2):
+        assert small.encode_batch(texts) == wanted
+        assert len(small._pieces) <= 65_536 and len(small._words.ids) <= 1_100_000
+
+
+def test_threads_share_a_tokenizer():
+    small = Tokenizer(1000)
+    batches = [[f"{a} {b} and {i}" for a in ("cat", "zebra", "unphotographable") for b in ("house", "über", f"x{i}")] * 9 for i in range(40)]
+    wanted = [Tokenizer(1000).encode_batch(batch) for batch in batches[:2]] + [[small.encode(t) for t in batch] for batch in batches[2:]]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(small.encode_batch, batches)) == wanted
+
+
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+@given(text=st.text(st.sampled_from("‘’“”‘’“” aSst'\"&.,!-<>0;#\\")))
+def test_curly_quotes_need_no_repair(openai, tokenizer, text):
+    assert tokenizer.encode(text) == openai.encode(text)
 
 
 def test_what_is_remembered_cannot_be_changed_from_outside(tokenizer):
