@@ -296,8 +296,9 @@ class View:
     def rates(self) -> pd.DataFrame:
         "A row per label and group: label, category, harm, group, k, n, estimate, low, high, small."
         table = self.found.rates().drop(columns=["threshold", "times_uniform"])
-        of = self.labels.table().set_index("label").reindex(table.label)
-        table.insert(1, "category", of.category.to_numpy()); table.insert(2, "harm", of.harm.to_numpy())
+        of = {l.label: l.category for l in self.labels.labels}
+        categories = [of[l] for l in table.label]
+        table.insert(1, "category", np.array(categories, dtype=object)); table.insert(2, "harm", np.array([self.labels.categories[c].harm for c in categories]))
         return table
 
     @cached_property
@@ -332,10 +333,11 @@ class View:
         places = np.flatnonzero(keep)[np.argsort(-self.scores[keep, j], kind="stable")][:most]
         best = np.argsort(-self.scores[places], 1, kind="stable")[:, :top]
         said = [", ".join(f"{names[b]} {self.scores[p, b]:.1%}" for b in row) for p, row in zip(places, best)]
-        table, attributes = self.bench.people.data.table.iloc[places].reset_index(drop=True), self.bench.people.attributes
-        name = table["name"] if "name" in table else pd.Series([self.bench.people.data.pictures.names[p] for p in places], dtype=object)
-        return pd.DataFrame({"place": places, "name": name, "group": np.array(self.grouping.names, dtype=object)[self.grouping.codes[places]], "score": self.scores[places, j], "answers": said}).assign(
-            **{a: table[a].astype(str) for a in attributes if a not in ("name", "group", "place", "score", "answers")})
+        table, attributes = self.bench.people.data.table, self.bench.people.attributes
+        of = lambda column: table[column].iloc[places].reset_index(drop=True)
+        name = of("name") if "name" in table else pd.Series([self.bench.people.data.pictures.names[p] for p in places], dtype=object)
+        found = {"place": places, "name": name, "group": np.array(self.grouping.names, dtype=object)[self.grouping.codes[places]], "score": self.scores[places, j], "answers": said}
+        return pd.DataFrame(found | {a: of(a).astype(str) for a in attributes if a not in found})
 
     def measured(self) -> dict:
         "What was measured, for files that leave the page."
