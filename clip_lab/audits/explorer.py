@@ -233,10 +233,11 @@ class Explorer:
         self.texts, self.weights, self._known = TextWeights(model), weights_hash(model)[:16], OrderedDict()
 
     def _once(self, key: tuple, make: Callable):
-        if key not in self._known: self._known[key] = make()
-        self._known.move_to_end(key)
+        found = self._known.pop(key, None)              # taken out and put back, so that two threads do not trip over each other
+        if found is None: found = make()
+        self._known[key] = found
         while len(self._known) > self.remember: self._known.popitem(last=False)
-        return self._known[key]
+        return found
 
     def look(self, people: People, at_a_time: int = 256) -> Iterator[tuple[int, Bench | None]]:
         "Look at every picture once, a few at a time: how many are done, and at the end the bench. Unreadable pictures are left out and named."
