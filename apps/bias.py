@@ -166,7 +166,7 @@ def right(): return gr.Column(scale=7, min_width=320)
 FIRST = {"pin": START, "state": START, "shown": ("differ", chart_labels(EXPLORER.view(bench_of(START.data, {}), START))[0], None, "0.5 %")}
 with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
     gr.HTML(f'<header class="cl-head"><h1>{QUESTION}</h1><p>A model that names what it sees names people, too, and not all alike. Move the threshold, change the labels, and see who gets which.</p></header>')
-    note, about, session_state = gr.HTML(elem_classes="cl-sticky"), gr.HTML(), gr.State(FIRST)
+    note, about, session_state = gr.HTML(elem_classes="cl-sticky"), gr.HTML(), gr.State(FIRST, time_to_live=4 * 3600)
     with gr.Row(equal_height=False):
         with left("cl-side"):
             data = gr.Dropdown(choices({}), value=START.data, label="Pictures")
@@ -200,7 +200,7 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
             difference = gr.HTML()
     section("Is that difference more than chance?", "Each label is tested on its own, so that with many labels some would differ by accident; the p-values are corrected for that. The effect size says whether it matters.")
     tests = gr.HTML()
-    section("Your own pictures", "They stay on this machine, in memory, for this browser only; the files are deleted as soon as they are read.")
+    section("Your own pictures", "They stay on this machine, in memory, for this browser only, and at most four hours after the last change; the files are deleted as soon as they are read.")
     with gr.Accordion("Bring a zip and a table", open=False), gr.Row(equal_height=False):
         with left():
             archive, sheet = only_uploads(gr.File(label="Pictures, as a zip", file_types=[".zip"], height=130)), only_uploads(gr.File(label="Table (CSV), unless it is in the zip", file_types=[".csv", ".tsv"], height=130))
@@ -222,7 +222,7 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
 
     shown = [note, about, finding, bars, table, behind, label_choice, group_choice, curve, goes, difference, tests, link, code, files, presets, session_state]
     steering = [data, by, threshold, slider, mode, base, text, templates, harm]
-    one = dict(concurrency_id="model", concurrency_limit=1)
+    one, long = ({"concurrency_id": name, "concurrency_limit": 1} for name in ("model", "long"))        # views in the order in which they were asked for; what takes long stands in a queue of its own
     quick = one | dict(show_progress="hidden", api_name=False)
     change = quick | dict(fn=show, inputs=[data, by, threshold, mode, base, text, templates, harm, order, label_choice, group_choice, other, session_state], outputs=shown, trigger_mode="always_last")
     gr.on([threshold.change, text.change, templates.change, by.input, mode.input, order.input, label_choice.input, group_choice.input, other.input], **change | dict(api_name="view"))
@@ -236,8 +236,8 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
     pin_button.click(pin, session_state, shown, **quick | dict(api_name="pin"))
     back_button.click(lambda session: restored(session["pin"], session), session_state, [*shown, *steering], **quick)
     take_button.click(take, session_state, files, **quick | dict(api_name="files"))
-    seal_button.click(lambda session: report_link(*both(session), SOURCES.get(session["state"].data)), session_state, files, **one, show_progress_on=files, api_name="report")
-    reading = read_button.click(receive, [archive, sheet, *answers, session_state], [*shown, *steering, report], **one, show_progress_on=report, api_name="own")
+    seal_button.click(lambda session: report_link(*both(session), SOURCES.get(session["state"].data)), session_state, files, **long, show_progress_on=files, api_name="report")
+    reading = read_button.click(receive, [archive, sheet, *answers, session_state], [*shown, *steering, report], **long, show_progress_on=report, api_name="own")
     stop_button.click(lambda: told_html(["Stopped. The page still shows the pictures from before."]), None, report, cancels=reading, queue=False, api_name=False)
     link.change(None, link, js="html => { const found = /href=\"([^\"]*)\"/.exec(html); if (found) history.replaceState(null, '', found[1]); }")
     demo.load(arrive, session_state, [*shown, *steering], **quick)

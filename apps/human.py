@@ -119,7 +119,7 @@ with gr.Blocks(title=f"Study {design.name}: clip_lab", analytics_enabled=False) 
 
     quiet = dict(show_progress="hidden", api_name=False)
     gr.Timer(10).tick(state, None, [note, seats, balance, people], **quiet)
-    demo.load(state, None, [note, seats, balance, people], **quiet)
+    demo.load(state, None, [note, seats, balance, people], **quiet | dict(api_name="state"))
     gr.on([asked.change, model.input], results, [asked, model], analysis, concurrency_id="model", concurrency_limit=1, api_name="results")
     given.change(codes, given, checked, **quiet)
 

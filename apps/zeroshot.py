@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 import tempfile
+from threading import Lock
 
 from clip_lab.ui.theme import keep_quiet, launch_options, note_html, picture_input
 
@@ -33,17 +34,18 @@ PHOTOGRAPHS = ("cup of coffee", "cat", "rocket", "man with a camera", "astronaut
 SENTENCES = 5000        # labels x templates: what a laptop reads in a few seconds
 
 if gr.NO_RELOAD:        # editing this page reloads it in a second, without the weights
-    MODELS, EXAMPLE_FILES, PHOTO_FILES = {}, {}, {}
+    MODELS, EXAMPLE_FILES, PHOTO_FILES, LOADING = {}, {}, {}, Lock()
 
 def ready(name):
     "(model, preprocess, text weights, hash) of a model on this machine, loaded at its first use. Weights are shared, what a user gives is not."
-    if name not in MODELS:
-        try: model, preprocess = load(name, local_files_only=True)
-        except ImportError as error: raise ValueError(str(error)) from None
-        except FileNotFoundError: raise FileNotFoundError(f"{name} is not on this machine yet. To fetch it once, run: clip-lab models --fetch {name}") from None
-        MODELS[name] = model, replace(preprocess, orient=True), TextWeights(model), weights_hash(model)[:16]
-    if len(MODELS[name][2]) > 50_000: MODELS[name] = *MODELS[name][:2], TextWeights(MODELS[name][0]), MODELS[name][3]
-    return MODELS[name]
+    with LOADING:
+        if name not in MODELS:
+            try: model, preprocess = load(name, local_files_only=True)
+            except ImportError as error: raise ValueError(str(error)) from None
+            except FileNotFoundError: raise FileNotFoundError(f"{name} is not on this machine yet. To fetch it once, run: clip-lab models --fetch {name}") from None
+            MODELS[name] = model, replace(preprocess, orient=True), TextWeights(model), weights_hash(model)[:16]
+        if len(MODELS[name][2]) > 50_000: MODELS[name] = *MODELS[name][:2], TextWeights(MODELS[name][0]), MODELS[name][3]
+        return MODELS[name]
 
 def example_files():
     "The shipped pictures as files, so that the gallery and the picture show the same bytes: path -> name."
@@ -164,7 +166,7 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
         if part in (verdict, bars, voices, table, code): part.value = value
 
     change = dict(fn=show, inputs=[picture, labels, templates, model_name, state], outputs=[note, verdict, bars, table, voices, code, model_name, state],
-                  concurrency_id="model", concurrency_limit=1)
+                  concurrency_id="model", concurrency_limit=4)        # so that thousands of new sentences of one user do not keep the others waiting
     live = change | dict(trigger_mode="always_last", show_progress="hidden")
     gr.on([picture.change, labels.change, templates.change], **live, api_name="answer")
     model_name.input(**change, show_progress_on=bars, api_name=False)

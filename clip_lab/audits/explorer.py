@@ -233,10 +233,11 @@ class Explorer:
         self.texts, self.weights, self._known = TextWeights(model), weights_hash(model)[:16], OrderedDict()
 
     def _once(self, key: tuple, make: Callable):
-        if key not in self._known: self._known[key] = make()
-        self._known.move_to_end(key)
+        found = self._known.pop(key, None)              # taken out and put back, so that two threads do not trip over each other
+        if found is None: found = make()
+        self._known[key] = found
         while len(self._known) > self.remember: self._known.popitem(last=False)
-        return self._known[key]
+        return found
 
     def look(self, people: People, at_a_time: int = 256) -> Iterator[tuple[int, Bench | None]]:
         "Look at every picture once, a few at a time: how many are done, and at the end the bench. Unreadable pictures are left out and named."
@@ -296,8 +297,9 @@ class View:
     def rates(self) -> pd.DataFrame:
         "A row per label and group: label, category, harm, group, k, n, estimate, low, high, small."
         table = self.found.rates().drop(columns=["threshold", "times_uniform"])
-        of = self.labels.table().set_index("label").reindex(table.label)
-        table.insert(1, "category", of.category.to_numpy()); table.insert(2, "harm", of.harm.to_numpy())
+        of = {l.label: l.category for l in self.labels.labels}
+        categories = [of[l] for l in table.label]
+        table.insert(1, "category", np.array(categories, dtype=object)); table.insert(2, "harm", np.array([self.labels.categories[c].harm for c in categories]))
         return table
 
     @cached_property
@@ -332,10 +334,11 @@ class View:
         places = np.flatnonzero(keep)[np.argsort(-self.scores[keep, j], kind="stable")][:most]
         best = np.argsort(-self.scores[places], 1, kind="stable")[:, :top]
         said = [", ".join(f"{names[b]} {self.scores[p, b]:.1%}" for b in row) for p, row in zip(places, best)]
-        table, attributes = self.bench.people.data.table.iloc[places].reset_index(drop=True), self.bench.people.attributes
-        name = table["name"] if "name" in table else pd.Series([self.bench.people.data.pictures.names[p] for p in places], dtype=object)
-        return pd.DataFrame({"place": places, "name": name, "group": np.array(self.grouping.names, dtype=object)[self.grouping.codes[places]], "score": self.scores[places, j], "answers": said}).assign(
-            **{a: table[a].astype(str) for a in attributes if a not in ("name", "group", "place", "score", "answers")})
+        table, attributes = self.bench.people.data.table, self.bench.people.attributes
+        of = lambda column: table[column].iloc[places].reset_index(drop=True)
+        name = of("name") if "name" in table else pd.Series([self.bench.people.data.pictures.names[p] for p in places], dtype=object)
+        found = {"place": places, "name": name, "group": np.array(self.grouping.names, dtype=object)[self.grouping.codes[places]], "score": self.scores[places, j], "answers": said}
+        return pd.DataFrame(found | {a: of(a).astype(str) for a in attributes if a not in found})
 
     def measured(self) -> dict:
         "What was measured, for files that leave the page."

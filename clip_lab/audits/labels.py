@@ -9,6 +9,7 @@ __all__ = ['NONE', 'ASSETS', 'Label', 'Category', 'LabelSet', 'to_plain', 'save_
 # %% ../../nbs/audits/41_labels.ipynb #0c92199a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 import hashlib
 from importlib import resources
 import json
@@ -182,7 +183,10 @@ def label_set(name: str) -> LabelSet:
     "A shipped label set by its name; a path ending in .yaml is read as a file."
     if str(name).endswith((".yaml", ".yml")): return read_labels(name)
     if name not in shipped(): raise ValueError(f"no label set {name!r}; shipped are {', '.join(shipped())}, or give the path of a .yaml file")
-    return read_labels(ASSETS / f"{name}.yaml")
+    return _shipped(name)
+
+@cache
+def _shipped(name: str) -> LabelSet: return read_labels(ASSETS / f"{name}.yaml")      # read once: a page of the bias app asks for it eight times
 
 # %% ../../nbs/audits/41_labels.ipynb #c4c5c632
 def label_scores(

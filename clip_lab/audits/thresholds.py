@@ -110,7 +110,7 @@ def sweep(
     if mode not in ("multi-label", "argmax"): raise ValueError(f"mode is {mode!r}; expected 'multi-label' or 'argmax'")
     if len(labels) < 2: raise ValueError("a label set of one: every picture gets it; expected at least two labels")
     thresholds = check_thresholds(threshold_grid(len(labels)) if thresholds is None else thresholds, kind)
-    (G, L, T), done, reached = (len(grouping.names), len(labels), len(thresholds)), 0, _Reached(thresholds)
+    (G, L, T), done, reached = (len(grouping.names), len(labels), len(thresholds)), 0, _Reached(thresholds) if len(thresholds) > 3 else lambda x: sum((x >= t).astype(np.uint8) for t in thresholds)
     total, places = np.zeros((G, L * (T + 1)), dtype=np.int64), np.arange(L, dtype=np.int16 if L * (T + 1) < 2**15 else np.int32) * (T + 1)
     for block in [scores] if hasattr(scores, "shape") else scores:
         if block.ndim != 2 or block.shape[1] != L: raise ValueError(f"scores have shape {block.shape}; expected (pictures, {L}), a column per label")

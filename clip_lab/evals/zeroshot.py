@@ -70,10 +70,11 @@ class TextWeights:
         "`prompt_rows` of the model, (classes, templates, embed_dim); embeds only sentences it has not seen."
         if (stamp := self._now()) != self._stamp: self._rows, self._stamp = {}, stamp
         sentences = fill(classnames, templates)
-        new = list(dict.fromkeys(s for row in sentences for s in row if s not in self._rows))
-        if new: self._rows.update(zip(new, embed_texts(self.model, new, truncate=True, progress=progress) if self.truncate else _embed(self.model, new, progress)))
+        rows = self._rows               # the same for all of this call, whatever another thread does
+        new = list(dict.fromkeys(s for row in sentences for s in row if s not in rows))
+        if new: rows.update(zip(new, embed_texts(self.model, new, truncate=True, progress=progress) if self.truncate else _embed(self.model, new, progress)))
         if self.truncate: self.cut.update(s for s in new if len(self.model.tokenizer.encode(s)) + 2 > self.model.context_length)
-        return torch.stack([torch.stack([self._rows[s] for s in row]) for row in sentences])
+        return torch.stack([torch.stack([rows[s] for s in row]) for row in sentences])
 
     def __call__(self, classnames: Sequence[str], templates: Template | Sequence[Template], progress: bool = False) -> Tensor:
         "`classifier` of the model, (classes, embed_dim)."

@@ -52,6 +52,13 @@ def chart_labels(view: View, order: str = "differ", top: int = 8) -> list[str]: 
     tests = view.tests if order == "differ" else view.tests.sort_values("k", ascending=False, kind="stable")
     return tests[tests.k > 0].label.head(top).tolist() or tests.label.head(top).tolist()
 
+def _by_label(table: pd.DataFrame, labels: Sequence[str]) -> dict[str, list]:
+    "The rows of each of these labels, read once: a table sliced for each label costs more than the page."
+    found = {label: [] for label in labels}
+    for row in table.itertuples(index=False):
+        if row.label in found: found[row.label].append(row)
+    return found
+
 def _scale(high: float) -> float: return next(s for s in (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1) if s >= min(high, 1))
 
 def _bar(r, scale: float, leads: bool, chosen: bool) -> str:
@@ -65,14 +72,14 @@ def rates_html(view: View, order: str = "differ", top: int = 8, chosen: tuple = 
     "Bars of label rate by group with intervals, as a list of buttons."
     labels = chart_labels(view, order, top)
     if chosen[0] in view.labels.names and chosen[0] not in labels: labels.append(chosen[0])
-    rows, tests = view.rates[view.rates.label.isin(labels)], view.tests.set_index("label")
-    scale, items = _scale(rows.high.max()), []
+    rows, tests = _by_label(view.rates, labels), {label: its[0] for label, its in _by_label(view.tests, labels).items()}
+    scale, items = _scale(max(r.high for its in rows.values() for r in its)), []
     for label in labels:
-        t, its = tests.loc[label], rows[rows.label == label]
+        t, its = tests[label], rows[label]
         leads, p = bool(t.tested and t.p_adjusted <= 0.05), f"p\u00a0{p_value(t.p_adjusted)}"
         sure = f"leans to {t.leans} by {points(t.difference, t.low, t.high)} points, {p}" if leads else f"differs no more than chance would do, {p}" if t.tested else "too few for a test"
-        harm = '<span class="cl-harm">does harm</span>' if its.harm.iloc[0] else ""
-        bars = "".join(_bar(r, scale, leads and r.group == t.leans, chosen == (label, r.group)) for r in its.itertuples())
+        harm = '<span class="cl-harm">does harm</span>' if its[0].harm else ""
+        bars = "".join(_bar(r, scale, leads and r.group == t.leans, chosen == (label, r.group)) for r in its)
         items.append(f'<li><p class="cl-rate-head"><span class="cl-label" dir="auto">{escape(label)}</span>{harm}<span class="cl-small">{escape(sure)}</span></p>{bars}</li>')
     more = len(view.labels) - len(labels)
     rest = f" {_many(more, 'more label')} in the table." if more else ""
@@ -82,33 +89,32 @@ def rates_html(view: View, order: str = "differ", top: int = 8, chosen: tuple = 
 # %% ../../nbs/ui/65_explore.ipynb #6cd79ae5
 def finding_html(view: View) -> str:
     "What stands out, in one or two sentences of HTML; announced by screen readers when it changes."
-    tests, none = view.tests, view.unlabelled
-    tested, sure = tests[tests.tested], tests[tests.tested & (tests.p_adjusted <= 0.05)]
-    if not (tests.k > 0).any(): said = f"No picture gets a label at {exactly(view.state.threshold)}. Lower the threshold."
-    elif not len(tested): said = "No label is given, or withheld, often enough to be tested. Move the threshold, or make the groups larger."
-    elif not len(sure): said = f"Of {_many(len(tested), 'tested label')}, none goes to one group more than chance would do."
+    tests, none = list(view.tests.itertuples(index=False)), view.unlabelled
+    tested = [t for t in tests if t.tested]
+    sure = [t for t in tested if t.p_adjusted <= 0.05]
+    if not any(t.k for t in tests): said = f"No picture gets a label at {exactly(view.state.threshold)}. Lower the threshold."
+    elif not tested: said = "No label is given, or withheld, often enough to be tested. Move the threshold, or make the groups larger."
+    elif not sure: said = f"Of {_many(len(tested), 'tested label')}, none goes to one group more than chance would do."
     else:
-        t = sure.iloc[0]
-        its = view.rates[(view.rates.label == t.label) & (view.rates.group == t.leans)].iloc[0]
+        t = sure[0]
+        its = next(r for r in _by_label(view.rates, [t.label])[t.label] if r.group == t.leans)
         said = (f"<b dir=\"auto\">{escape(t.label)}</b> goes most to <b dir=\"auto\">{escape(t.leans)}</b>: {percent(its.estimate)}<span class=\"cl-muted\">, {points(t.difference, t.low, t.high)} points against everybody else. "
                 f"{_many(len(sure), 'label')} of {len(tested)} tested {'differs' if len(sure) == 1 else 'differ'} by more than chance.</span>")
-    some = none[none.k > 0]
-    without = f'<span class="cl-muted"> {percent(none.k.sum() / none.n.sum())} of the pictures get no label.</span>' if len(some) else ""
+    without = f'<span class="cl-muted"> {percent(none.k.sum() / none.n.sum())} of the pictures get no label.</span>' if none.k.any() else ""
     return f'<p class="cl-says" role="status">{said}{without}</p>'
 
 # %% ../../nbs/ui/65_explore.ipynb #715c59ef
 def rates_table(view: View, labels: Sequence[str] | None = None) -> pd.DataFrame:      # None: all
     "A row per label, a column per group: 'rate [low, high]' in per cent."
-    rows = view.rates if labels is None else view.rates[view.rates.label.isin(labels)]
-    cells = [f"{100 * r.estimate:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in rows.itertuples()]
-    wide = rows.assign(cell=cells).pivot(index="label", columns="group", values="cell")
-    wide = wide.loc[labels if labels is not None else view.labels.names, view.grouping.names]
-    return wide.rename(columns={g: f"{g} (n {n:,}{', small' if s else ''})" for g, n, s in zip(view.grouping.names, view.grouping.n, view.grouping.small)}).reset_index().rename_axis(columns=None)
+    labels = view.labels.names if labels is None else labels
+    rows, groups = _by_label(view.rates, labels), [f"{g} (n {n:,}{', small' if s else ''})" for g, n, s in zip(view.grouping.names, view.grouping.n, view.grouping.small)]
+    cell = lambda r: f"{100 * r.estimate:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]"
+    return pd.DataFrame([[label, *map(cell, rows[label])] for label in labels], columns=["label", *groups])
 
 def tests_table(view: View, top: int = 40) -> pd.DataFrame:
     "The tests as text: label, leans to, points against the others, Cramér's V, p (corrected), pictures."
     t = view.tests[view.tests.tested].head(top)
-    return pd.DataFrame({"label": t.label, "leans to": t.leans, "points against the others": [points(r.difference, r.low, r.high) for r in t.itertuples()], "Cramér’s V": [f"{v:.2f}" for v in t.cramers_v],
+    return pd.DataFrame({"label": t.label, "leans to": t.leans, "points against the others": [points(*d) for d in zip(t.difference, t.low, t.high)], "Cramér’s V": [f"{v:.2f}" for v in t.cramers_v],
                          "p (corrected)": [p_value(p) for p in t.p_adjusted], "pictures": [f"{k:,} of {n:,}" for k, n in zip(t.k, t.n)]})
 
 def come_and_go_table(view: View, other: float) -> pd.DataFrame:
@@ -121,26 +127,26 @@ _DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
 
 def curve_svg(curve: pd.DataFrame, threshold: float, label: str, most: int = 6) -> str:      # curve: of View.curve
     "The rate of one label by group at every threshold, on a logarithmic axis, as an SVG picture."
-    if len(names := curve.group.unique()) > most: names = curve.groupby("group", sort=False).estimate.mean().nlargest(most).index
+    groups, t, rate, low_end, high_end = (curve[c].to_numpy() for c in ("group", "threshold", "estimate", "low", "high"))
+    if (of := len(names := curve.group.unique())) > most: names = curve.groupby("group", sort=False).estimate.mean().nlargest(most).index
     W, H, left, right, top, bottom = 560, 300, 44, 12, 12, 50
-    low, high, full = np.log(curve.threshold.min()), np.log(curve.threshold.max()), _scale(curve[curve.group.isin(names)].high.max())
+    low, high, full = np.log(t.min()), np.log(t.max()), _scale(max(high_end[groups == name].max() for name in names))
     x = lambda t: left + (np.log(t) - low) / (high - low) * (W - left - right)
     y = lambda r: H - bottom - np.minimum(r / full, 1) * (H - top - bottom)
-    path = lambda xs, ys: "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(xs, ys))
+    path = lambda xs, ys: "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(xs.tolist(), ys.tolist()))
     parts = [f'<line class="cl-grid" x1="{left}" x2="{W - right}" y1="{y(r):.1f}" y2="{y(r):.1f}"/><text x="{left - 6}" y="{y(r) + 4:.1f}" text-anchor="end">{100 * r:g}</text>' for r in np.linspace(0, full, 3)]
     parts += [f'<text x="{x(t):.1f}" y="{H - bottom + 20}" text-anchor="middle">{100 * t:g}</text>' for t in (.001, .005, .02, .1, .5) if low - 1e-6 <= np.log(t) <= high + 1e-6]
     parts.append(f'<text x="{(left + W - right) / 2}" y="{H - 4}" text-anchor="middle">threshold (%)</text>')
     for i, name in enumerate(names):
-        rows = curve[curve.group == name]
-        xs = x(rows.threshold.to_numpy())
-        parts += [f'<path class="cl-band cl-c{i}" d="{path(np.r_[xs, xs[::-1]], np.r_[y(rows.high.to_numpy()), y(rows.low.to_numpy())[::-1]])}Z"/>',
-                  f'<path class="cl-line cl-c{i}" stroke-dasharray="{_DASHES[i]}" d="{path(xs, y(rows.estimate.to_numpy()))}"/>']
+        its = groups == name
+        xs = x(t[its])
+        parts += [f'<path class="cl-band cl-c{i}" d="{path(np.r_[xs, xs[::-1]], np.r_[y(high_end[its]), y(low_end[its])[::-1]])}Z"/>',
+                  f'<path class="cl-line cl-c{i}" stroke-dasharray="{_DASHES[i]}" d="{path(xs, y(rate[its]))}"/>']
     at = x(np.clip(threshold, np.exp(low), np.exp(high)))
     parts.append(f'<line class="cl-now" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{H - bottom}"/>')
     keys = "".join(f'<span><svg class="cl-key-line" viewBox="0 0 28 6" aria-hidden="true"><line class="cl-line cl-c{i}" x1="0" x2="28" y1="3" y2="3" stroke-dasharray="{_DASHES[i]}"/></svg>{escape(str(n))}</span>' for i, n in enumerate(names))
-    rest = curve.group.nunique() - len(names)
-    now = curve[curve.threshold == curve.threshold.iloc[(curve.threshold - threshold).abs().argmin()]]
-    said = f"Rate of {label} over thresholds from {percent(curve.threshold.min())} to {percent(curve.threshold.max())}; near {exactly(threshold)}: " + ", ".join(f"{r.group} {percent(r.estimate)}" for r in now.itertuples() if r.group in set(names))
+    rest, now = of - len(names), np.flatnonzero(t == t[np.abs(t - threshold).argmin()])
+    said = f"Rate of {label} over thresholds from {percent(t.min())} to {percent(t.max())}; near {exactly(threshold)}: " + ", ".join(f"{groups[i]} {percent(rate[i])}" for i in now if groups[i] in names)
     return (f'<figure class="cl-curve"><figcaption>Share of each group that gets <b dir="auto">{escape(label)}</b> (%)</figcaption><p class="cl-keys">{keys}{f"<span>and {rest} more groups</span>" if rest else ""}</p>'
             f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg></figure>')
 
@@ -161,16 +167,14 @@ def thumbnail(bench: Bench, place: int, size: int = 96) -> str:
 
 def behind_html(view: View, label: str, group: str | None = None, top: int = 18) -> str:
     "The pictures of a group that got a label, as a list of figures with attributes and answers."
-    found, row = view.pictures(label, group, most=top), view.rates[view.rates.label == label]
-    got = int(row.k.sum() if group is None else row.k[row.group == group].iloc[0])
+    found, got = view.pictures(label, group, most=top), sum(r.k for r in _by_label(view.rates, [label])[label] if group in (None, r.group))
     who = "all groups" if group is None else group
     total = len(view.bench) if group is None else int(view.grouping.n[view.grouping.names.index(group)])
     head = f'<p class="cl-behind-head"><b dir="auto">{escape(label)}</b> for <b dir="auto">{escape(who)}</b>: {_many(got, "picture")} of {total:,}, the highest score first</p>'
     if not len(found): return f'{head}<p class="cl-muted">No picture of this group reaches {exactly(view.state.threshold)} for this label. Lower the threshold, or choose another bar.</p>'
-    attributes, items = [a for a in view.bench.people.attributes if a in found], []
-    for _, r in found.iterrows():
-        about = ", ".join(r[a] for a in attributes)
-        items.append(f'<li><img src="{thumbnail(view.bench, int(r.place))}" alt="{escape(str(r["name"]))}"><span class="cl-who" dir="auto">{escape(about)}</span><span class="cl-answers" dir="auto">{escape(r.answers)}</span></li>')
+    about = map(", ".join, zip(*(map(str, found[a]) for a in view.bench.people.attributes if a in found)))
+    items = [f'<li><img src="{thumbnail(view.bench, place)}" alt="{escape(str(name))}"><span class="cl-who" dir="auto">{escape(who)}</span><span class="cl-answers" dir="auto">{escape(answers)}</span></li>'
+             for place, name, who, answers in zip(found.place, found["name"], about, found.answers)]
     rest = f'<p class="cl-muted cl-key">and {got - top:,} more; the files below have all of them</p>' if got > top else ""
     return f'{head}<ul class="cl-behind" role="list">{"".join(items)}</ul>{rest}'
 
@@ -179,14 +183,14 @@ def moves_table(design: ClassDesign, top: int = 30) -> pd.DataFrame:
     "The most frequent moves as text: from, to, and a column per group with 'k (share)'."
     moves, names = design.moves(), design.grouping.names
     if not len(moves): return pd.DataFrame(columns=["from", "to", *names])
-    cell = [f"{r.k:,} ({percent(r.estimate)})" if r.k else "0" for r in moves.itertuples()]
-    rows = [dict({"from": a, "to": b}, **dict(zip(part.group, part.cell))) for (a, b), part in moves.assign(cell=cell).groupby(["before", "after"], sort=False)]
-    return pd.DataFrame(rows[:top], columns=["from", "to", *names])
+    rows = {}
+    for a, b, k, share in zip(moves.before, moves.after, moves.k, moves.estimate): rows.setdefault((a, b), []).append(f"{k:,} ({percent(share)})" if k else "0")      # the groups of a move in their order
+    return pd.DataFrame([[*move, *cells] for move, cells in list(rows.items())[:top]], columns=["from", "to", *names])
 
 def change_table(before: View, after: View, label: str | None) -> pd.DataFrame:
     "The change of one label's rate by group, with McNemar's exact test, as text."
     t = label_change(before, after, label)
-    return pd.DataFrame({"group": t.group, "n": t.n, "A": [percent(x) for x in t.before], "B": [percent(x) for x in t.after], "B − A (points)": [points(r.difference, r.low, r.high) for r in t.itertuples()],
+    return pd.DataFrame({"group": t.group, "n": t.n, "A": [percent(x) for x in t.before], "B": [percent(x) for x in t.after], "B − A (points)": [points(*d) for d in zip(t.difference, t.low, t.high)],
                          "gained": t.gained, "lost": t.lost, "p (McNemar, corrected)": [p_value(p) for p in t.p_adjusted]})
 
 def compared_html(design: ClassDesign, before: View, after: View, label: str | None = None) -> str:

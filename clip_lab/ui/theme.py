@@ -123,7 +123,8 @@ def launch_options(
 
 def keep_quiet():
     "Turn off Gradio's statistics and its history of runs for this process; an app calls it before it builds its page."
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False",
+                      GRADIO_ANALYTICS_MAX_EVENTS="1", GRADIO_ANALYTICS_CACHE_FREQUENCY=str(10 ** 9))      # or it keeps 10,000 requests and makes a summary of them, with pandas, after every one
 
 # %% ../../nbs/ui/61_theme.ipynb #a8b98ab5
 def note_html(

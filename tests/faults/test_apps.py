@@ -1,10 +1,12 @@
-"""The zero-shot app as strangers see it, over HTTP: any payload gets an answer, an error or a refusal, and the next one is served; no file of the machine and no address is read for anybody; several people at once get their own answers."""
+"""The apps as strangers see them, over HTTP: any payload gets an answer, an error or a refusal, and the next one is served; no file of the machine and no address is read for anybody; several people at once get their own answers, in all three apps, and nobody waits for somebody else's long request."""
 import asyncio
 import importlib.util
+import io
 import json
 import os
 from pathlib import Path
 import signal
+import zipfile
 
 from conftest import ROOT, SEED, many, tally
 import httpx
@@ -87,13 +89,126 @@ def test_any_payload_leaves_the_app_answering(app):
     assert process.poll() is None and asyncio.run(good(url))[0] == "complete"
 
 
-def test_several_people_get_their_own_answers(app):
+def stop(process):
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def bias():
+    process, url = app_load.start(ROOT / "apps" / "bias.py")
+    yield process, url
+    stop(process)
+
+
+TOKEN = "the token of these tests"
+
+@pytest.fixture(scope="module")
+def human():
+    "The demo study, with its simulated people."
+    pytest.importorskip("sqlalchemy", reason="the study's database needs SQLAlchemy: pip install 'clip_lab[study]'")
+    process, url = app_load.start(ROOT / "apps" / "human.py", "--admin-token", TOKEN)
+    yield process, url
+    stop(process)
+
+
+def crowd(name, process, url, users, **more):
     "The short form of bench/app_load.py. Times are reported, not judged."
-    process, url = app
-    found = asyncio.run(app_load.together(url, process.pid, *app_load.APPS["zeroshot"], users=many(8, 50), seconds=many(3, 60)))
-    assert found["errors"] == 0 and found["requests"] >= found["users"], found
-    if found["rss_mib"]: assert found["rss_mib"]["last"] < 2 * found["rss_mib"]["first"]
-    tally("app, people at once", "own answers", found["requests"])
+    found = asyncio.run(app_load.together(name, url, process.pid, users=users, seconds=many(3, 60), **more))
+    assert found["errors"] == 0 and found["requests"] >= users / 2 and found["others"]["page"]["requests"], found
+    if found["rss_mib"]: assert found["rss_mib"]["peak"] < 2 * found["rss_mib"]["mib"][0]
+    tally(f"app {name}, people at once", "own answers", found["requests"])
+
+
+def test_several_people_get_their_own_answers(app): crowd("zeroshot", *app, users=many(8, 50))
+def test_several_people_get_their_own_view_and_keep_what_they_pinned(bias): crowd("bias", *bias, users=many(6, 50))
+def test_several_participants_stay_who_they_are_and_only_the_token_opens_the_researchers_pages(human): crowd("human", *human, users=4, think=0.05, token=TOKEN, study="flags")
+
+
+async def meanwhile(url: str, slow, others: dict) -> dict:
+    "How often each of the others was done before the slow request was, which must have succeeded."
+    done, finished = dict.fromkeys(others, 0), asyncio.Event()
+    async def again(name, asking):
+        while True:
+            ok = await asking()
+            if finished.is_set(): return
+            assert ok, name
+            done[name] += 1
+            await asyncio.sleep(0.02)               # they come and go; they are not an attack
+    async def waiting():
+        try: assert await slow(), "the slow request failed"
+        finally: finished.set()
+    await asyncio.gather(waiting(), *(again(name, asking) for name, asking in others.items()))
+    return done
+
+
+def opens(client, path="/"):
+    async def ask(): return (await client.get(path)).status_code == 200
+    return ask
+
+
+def test_thousands_of_new_sentences_do_not_keep_others_waiting(app):
+    async def run():
+        async with httpx.AsyncClient(base_url=app[1], timeout=600) as client:
+            picture, plain = await app_load.upload(client, 1), "a cat\na house"
+            async def slow():
+                event, answer = await app_load.ask(client, "answer", [picture, "\n".join(f"a thing numbered {i} of many" for i in range(100)), "\n".join(f"{{}} in place {i}" for i in range(50)), "emoji"], "slow")
+                return event == "complete" and "a thing numbered" in answer
+            async def quick():
+                event, answer = await app_load.ask(client, "answer", [picture, plain, "{}", "emoji"], "quick")
+                return event == "complete" and "a house" in answer
+            return await meanwhile(app[1], slow, {"answer": quick, "page": opens(client)})
+    done = asyncio.run(run())
+    assert done["answer"] >= 3 and done["page"] >= 3, done
+    tally("app, others during a long request", "done", sum(done.values()))
+
+
+def test_a_large_upload_does_not_keep_others_waiting(bias, tmp_path):
+    "Somebody brings a thousand pictures; somebody else's views go on, and theirs are not shown to them."
+    rng = np.random.default_rng(SEED)
+    with zipfile.ZipFile(tmp_path / "people.zip", "w") as z:
+        for i in range(1000):
+            Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(file := io.BytesIO(), "PNG")
+            z.writestr(f"{i}.png", file.getvalue())
+        z.writestr("table.csv", "file,kind of person\n" + "".join(f"{i}.png,{'tall' if i % 2 else 'short'}\n" for i in range(1000)))
+    async def run():
+        async with httpx.AsyncClient(base_url=bias[1], timeout=600) as client:
+            info = (await client.get("/gradio_api/info")).json()["named_endpoints"]["/view"]["parameters"]
+            usual = [p.get("parameter_default") for p in info]
+            reply = await client.post("/gradio_api/upload", files={"files": ("people.zip", (tmp_path / "people.zip").read_bytes(), "application/zip")})
+            archive = {"path": reply.json()[0], "meta": {"_type": "gradio.FileData"}}
+            async def slow():
+                event, answer = await app_load.ask(client, "own", [archive, None, *["noise"] * 5], "slow")
+                return event == "complete" and "1,000 pictures" in answer and "tall" in answer
+            async def quick():
+                event, answer = await app_load.ask(client, "view", [*usual[:2], 3.25, *usual[3:]], "quick")
+                return event == "complete" and "threshold=0.0325" in answer and "tall" not in answer
+            return await meanwhile(bias[1], slow, {"view": quick, "page": opens(client)})
+    done = asyncio.run(run())
+    assert done["view"] >= 2 and done["page"] >= 2, done
+    tally("app, others during a long request", "done", sum(done.values()))
+
+
+def test_the_researchers_results_do_not_keep_participants_waiting(human):
+    async def run():
+        async with httpx.AsyncClient(base_url=human[1], timeout=600) as client, httpx.AsyncClient(base_url=f"{human[1]}/researcher", timeout=600) as behind:
+            key = (await client.get("/api/study")).json()["key"]
+            head = {"Authorization": f"Bearer {key}"}
+            state = (await client.post("/api/enrol", json={"consent": True}, headers=head)).json()
+            await behind.post("/login", json={"token": TOKEN})
+            async def slow():
+                event, answer = await app_load.ask(behind, "results", [True, "emoji"], "slow")
+                return event == "complete" and "Interim" in answer
+            async def answers():
+                nonlocal state
+                if not state["trial"]: return await asyncio.sleep(0.1, True)       # all 81 are answered
+                reply = await client.post("/api/answer", json={"trial": state["trial"]["id"], "answer": "I don't know", "seconds": 0.1}, headers=head)
+                state, before = reply.json(), state["done"]
+                return reply.status_code == 200 and state["done"] == before + 1
+            return await meanwhile(human[1], slow, {"answer": answers, "page": opens(client)})
+    done = asyncio.run(run())
+    assert done["answer"] >= 5 and done["page"] >= 5, done
+    tally("app, others during a long request", "done", sum(done.values()))
 
 
 def test_a_file_input_takes_what_was_uploaded_and_nothing_else(tmp_path):
