@@ -50,13 +50,13 @@ def start(app: Path) -> tuple[subprocess.Popen, str]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     log = open(os.devnull, "w")
-    process = subprocess.Popen([sys.executable, str(app)], env=os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}, stdout=log, stderr=log)
+    process = subprocess.Popen([sys.executable, str(app), *(["--port", str(port)] if app.stem == "human" else [])], env=os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
+    for _ in range(1200):
         if process.poll() is not None: raise RuntimeError(f"{app} ended with code {process.returncode} before it answered")
         try:
-            if httpx.get(f"{url}/gradio_api/info", timeout=5).status_code == 200: return process, url
-        except httpx.HTTPError: time.sleep(0.2)
+            if httpx.get(url + ("/api/study" if app.stem == "human" else "/gradio_api/info"), timeout=5).status_code == 200: return process, url
+        except httpx.HTTPError: time.sleep(0.1)
     process.kill()
     raise RuntimeError(f"{app} did not answer within two minutes")
 
@@ -80,6 +80,30 @@ async def ask(client: httpx.AsyncClient, name: str, data: list, session: str) ->
                 last = line[5:].strip()
                 if event in ("complete", "error"): break
     return event, last
+
+
+async def asked_once(url: str, app: str) -> str:
+    "The first question of a visitor, and its answer."
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        if app == "human":
+            key = (await client.get("/api/study")).json()["key"]
+            reply = await client.post("/api/enrol", json={"consent": True}, headers={"Authorization": f"Bearer {key}"})
+            return reply.raise_for_status().text
+        name, question = APPS[app]
+        info = (await client.get("/gradio_api/info")).json()["named_endpoints"][f"/{name}"]
+        values, expected = question(0, 0, await upload(client, 0))
+        event, answer = await ask(client, name, [values.get(i, p.get("parameter_default")) for i, p in enumerate(info["parameters"])], "first")
+        if event != "complete" or expected not in answer: raise RuntimeError(f"{app}: {event}: {answer[:200]}")
+        return answer
+
+
+def first(app: str, url: str) -> str: return asyncio.run(asked_once(url, app))
+
+
+def stop(process: subprocess.Popen) -> None:
+    process.terminate()
+    try: process.wait(30)
+    except subprocess.TimeoutExpired: process.kill(); process.wait()
 
 
 async def person(url: str, user: int, name: str, defaults: list, question, until: float, times: list, wrong: Counter) -> None:
@@ -129,9 +153,7 @@ def load(app: Path, users: int = 50, seconds: float = 60) -> dict:
     name, question = APPS[app.stem]
     process, url = start(app)
     try: return dict(app=app.name, endpoint=name) | asyncio.run(together(url, process.pid, name, question, users, seconds)) | dict(alive=process.poll() is None)
-    finally:
-        process.terminate()
-        process.wait(30)
+    finally: stop(process)
 
 
 def main() -> int:
@@ -140,7 +162,9 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--users", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--short", action="store_true", help="three people, two seconds")
     args = parser.parse_args()
+    if args.short: args.users, args.seconds = 3, 2
     found = load(args.app, args.users, args.seconds) | dict(processors=os.cpu_count(), machine=platform.platform(), python=platform.python_version())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1) + "\n")
