@@ -3,6 +3,7 @@
     python bench                          # writes bench/results/*.json; well under an hour on two quiet cores
     python bench --short --out build/x    # tiny sizes: does everything run?
     python bench --only evals encode      # some of them
+    python bench --only load_zeroshot load_bias --load-seconds 300
 
 What is measured is said in each script. With a CUDA device the towers, a training step and the loss are measured there too (cuda_*.json); without one there are no such files. The exit code is 1 if a script failed.
 """
@@ -23,6 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--only", nargs="+", choices=[*JOBS, *CUDA], help="some of them")
+    parser.add_argument("--load-seconds", type=int, default=60, help="how long fifty people use each app")
     parser.add_argument("--short", action="store_true", help="tiny sizes, one round")
     args = parser.parse_args()
     cuda, failed = torch.cuda.is_available(), []
@@ -30,7 +32,7 @@ def main() -> int:
     for name, (script, *words) in (JOBS | (CUDA if cuda else {})).items():
         if args.only and name not in args.only: continue
         began = time.perf_counter()
-        more = (["--threads", torch.get_num_threads()] if name in TWO else []) + (["--short"] if args.short else [])
+        more = (["--seconds", args.load_seconds] if script == "app_load.py" else []) + (["--threads", torch.get_num_threads()] if name in TWO else []) + (["--short"] if args.short else [])
         file = args.out / f"{name}.json"
         positional = [*words, file] if script == "app_load.py" else [file, *words]
         code = subprocess.run([str(w) for w in (sys.executable, HERE / script, *positional, *more)]).returncode

@@ -246,8 +246,10 @@ def cost_lines(
             line = rows[rows.side == side].sort_values("size")
             grows = f", slope {slope(line['size'], line.cost):.2f}" if line["size"].nunique() > 2 else ""
             ax.plot(line["size"], line.cost, marker=marker, ms=4, color=colour, lw=1.8 if colour == ACCENT else 1.1, label=f"{side}{grows}", zorder=3 if colour == ACCENT else 2)
-        ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, xticks=sorted(rows["size"].unique()))
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:.3g}k" if x >= 1e3 else f"{x:g}")
+        sizes = sorted(rows["size"].unique())
+        ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, xticks=sizes[::1 + len(sizes) // 6])
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}k" if x % 1024 == 0 else f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x >= 1e3 else f"{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
         ax.grid(axis="y", color=FAINT, lw=0.8)
         low, high = rows.cost.min(), rows.cost.max()
