@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -249,11 +249,12 @@ def cost_lines(
         sizes = sorted(rows["size"].unique())
         ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, xticks=sizes[::1 + len(sizes) // 6])
         ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}k" if x % 1024 == 0 else f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x >= 1e3 else f"{x:g}")
+        low, high = rows.cost.min(), rows.cost.max()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 20 * low else (1,)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
         ax.grid(axis="y", color=FAINT, lw=0.8)
-        low, high = rows.cost.min(), rows.cost.max()
         ax.set_ylim(low / 1.6, high * (high / low) ** (0.16 * rows.side.nunique() + 0.1))          # room for the legend
-        ax.legend(loc="upper left", frameon=False, fontsize=7.5, borderaxespad=0, handlelength=1.4, labelspacing=0.3)
+        ax.legend(loc="upper left", framealpha=0.9, edgecolor="none", fontsize=7.5, borderaxespad=0.3, handlelength=1.4, labelspacing=0.3)
         if title: ax.set_title(title)
     return ax
