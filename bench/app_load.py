@@ -55,11 +55,11 @@ def start(app: Path, *words: str) -> tuple[subprocess.Popen, str]:      # words:
     if app.stem == "human": words = ("--port", str(port), *words)
     process = subprocess.Popen([sys.executable, str(app), *words], env=os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
+    for _ in range(1200):
         if process.poll() is not None: raise RuntimeError(f"{app} ended with code {process.returncode} before it answered")
         try:
             if httpx.get(url, timeout=5).status_code == 200: return process, url
-        except httpx.HTTPError: time.sleep(0.2)
+        except httpx.HTTPError: time.sleep(0.1)
     process.kill()
     raise RuntimeError(f"{app} did not answer within two minutes")
 
@@ -85,6 +85,30 @@ async def ask(client: httpx.AsyncClient, name: str, data: list, session: str) ->
     return event, last
 
 
+async def asked_once(url: str, app: str) -> str:
+    "The first question of a visitor, and its answer."
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        if app == "human":
+            key = (await client.get("/api/study")).json()["key"]
+            return (await client.post("/api/enrol", json={"consent": True}, headers={"Authorization": f"Bearer {key}"})).raise_for_status().text
+        name, question = (MAIN[app], ask_zeroshot if app == "zeroshot" else ask_bias)
+        info = (await client.get("/gradio_api/info")).json()["named_endpoints"][f"/{name}"]
+        values, expected = question(0, 0, await upload(client, 0))
+        event, answer = await ask(client, name, [values.get(i, p.get("parameter_default")) for i, p in enumerate(info["parameters"])], "first")
+        said = "\n".join(map(str, json.loads(answer))) if event == "complete" else ""
+        if any(e not in said for e in expected): raise RuntimeError(f"{app}: {event}: {answer[:200]}")
+        return answer
+
+
+def first(app: str, url: str) -> str: return asyncio.run(asked_once(url, app))
+
+
+def stop(process: subprocess.Popen) -> None:
+    process.terminate()
+    try: process.wait(30)
+    except subprocess.TimeoutExpired: process.kill(); process.wait()
+
+
 class Seen:
     "What everybody notes together: times by what was asked for, what went wrong, memory."
     def __init__(self, seconds: float):
@@ -108,7 +132,7 @@ async def visitor(url: str, user: int, name: str, question, seen: Seen, pin: str
         try: picture = await upload(client, user)
         except httpx.HTTPError as error: seen.wrong[f"upload: {error!r:.100}"] += 1; return
         turn, session = 0, f"load{user:05}"
-        while seen.on:
+        while turn == 0 or seen.on:          # everybody asks at least once, however slow the machine
             values, expected = question(user, turn, picture)
             data = [values.get(i, p.get("parameter_default")) for i, p in enumerate(info["parameters"])]
             event, answer = await seen.timed(name, ask(client, name, data, session)) or ("nothing", "")
@@ -225,9 +249,7 @@ def load(app: Path, users: int = 50, seconds: float = 60, think: float = 1) -> d
             more = dict(think=think, token=token, study=escape(design.title))
         process, url = start(app, *words)
         try: return asyncio.run(together(app.stem, url, process.pid, users, seconds, **more)) | dict(alive=process.poll() is None)
-        finally:
-            process.terminate()
-            process.wait(30)
+        finally: stop(process)
 
 
 def main() -> int:
@@ -237,7 +259,9 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--think", type=float, default=1, help="seconds that a participant of the study thinks about an answer, on average")
+    parser.add_argument("--short", action="store_true", help="three people, two seconds")
     args = parser.parse_args()
+    if args.short: args.users, args.seconds = 3, 2
     found = load(args.app, args.users, args.seconds, args.think) | dict(processors=os.cpu_count(), machine=platform.platform(), python=platform.python_version())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,36 +1,30 @@
 """Text and pictures into tokens, tensors and embeddings: ours beside the peers, on the same inputs, in one run, in alternating order.
 
-    python bench/encode.py bench/results/encode.json [--parts tokenizer preprocess towers classify start] [--batches 1 32 256]
+    python bench/encode.py bench/results/encode.json [--parts tokenizer preprocess towers classify start] [--batches 1 8 32 256]
 
-  tokenizer   100,000 distinct captions to (n, 77) ids, in one call and one by one: clip_lab, open_clip's SimpleTokenizer (openai/CLIP's, kept alive there), transformers' CLIPTokenizerFast,
-              instant-clip-tokenizer (Rust; ids only, without cleaning). Ids are asserted to agree where a peer cleans text as OpenAI does. A second pass over the same captions is timed apart: ours remembers words.
+  tokenizer   distinct captions to (n, 77) ids, in one call and one by one: clip_lab, open_clip's SimpleTokenizer (openai/CLIP's, kept alive there), transformers' CLIPTokenizerFast,
+              instant-clip-tokenizer (Rust; ids only, without cleaning). Ids are asserted to agree where a peer cleans text as OpenAI does. Each call begins without memory of earlier ones.
   preprocess  JPEG files of 640 x 480 to (3, 224, 224): clip_lab, transformers' CLIPImageProcessor, and plain Pillow with numpy, the least that can be done. open_clip's transform needs torchvision and is left out.
-  towers      encode_image and encode_text of ViT-B/32 and RN50 with one set of random weights: clip_lab, open_clip, transformers (ViT only). Captions as the data has them; the peers pad them to 77.
+  towers      encode_image and encode_text of ViT-B/32 and RN50 with one set of random weights: clip_lab, open_clip, transformers (ViT only). Captions as the data has them; the peers pad them to 77. Batches of 256: one round.
   classify    files to answer: ten JPEG files, ten classes, eight templates, cold (a new classifier) and warm (the same labels again), against the same steps with open_clip's model and our transform.
-  start       a fresh Python: nothing, import torch, and from nothing to the first answer about a picture. What `import clip_lab` adds is in bench/evals.py.
-
-Seconds are of CPU and of the clock; ratios are theirs to ours, the median of the rounds with the lowest and highest. One thread.
+  start       a fresh Python: nothing, import torch, and from nothing to the first answer about a picture; then the apps, from the start of their process to the first answer of their endpoint, with their files in the
+              page cache and without. What `import clip_lab` adds is in bench/evals.py.
 """
-
-import argparse
+import asyncio
 import importlib
-import importlib.metadata
 import io
 import json
+import os
 from pathlib import Path
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
+import time
 
 import numpy as np
 from PIL import Image
 import torch
-import transformers      # before open_clip's files, beside which torchvision is a stub
 
-from evals import open_clip_side, race, ratios
-from train_step import open_clip_modules
+from common import ROOT, clocked, main, model_of, open_clip_model, open_clip_modules, part, race, row
 
 
 def captions(n: int) -> list[str]:
@@ -47,6 +41,7 @@ def captions(n: int) -> list[str]:
 
 def fast_tokenizer():
     "transformers' tokenizer with OpenAI's vocabulary, from ours."
+    import transformers
     from clip_lab.tokenizer import vocabulary
     folder = Path(tempfile.mkdtemp())
     entries, merges = vocabulary()
@@ -55,34 +50,31 @@ def fast_tokenizer():
     return transformers.CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
 
 
-def tokenizer(args):
-    import instant_clip_tokenizer
-    from clip_lab.tokenizer import Tokenizer
-    open_clip_modules()
-    texts, simple, fast, instant = captions(args.captions), importlib.import_module("open_clip.tokenizer").SimpleTokenizer(), fast_tokenizer(), instant_clip_tokenizer.Tokenizer()
-    few = texts[:args.captions // 10]
-    ours = Tokenizer()
-    def forgotten():
-        ours._pieces.clear()
-        return ours
-    batch = {"clip_lab": lambda: forgotten()(texts, truncate=True), "open_clip (openai/CLIP)": lambda: fresh(simple)(texts), "transformers, fast": lambda: fast(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids,
-             "instant-clip-tokenizer": lambda: torch.from_numpy(instant.tokenize_batch(texts, context_length=77).astype(np.int64))}
-    print(f"  {len(texts):,} captions in one call")
-    found, rows = race(batch, args.rounds)
-    same = {side: float((found[side] == found["clip_lab"]).all(1).float().mean()) for side in batch}
-    assert same["open_clip (openai/CLIP)"] == 1, same
-    against = [dict(what="one call") | r for r in ratios(rows)]
-    single = {"clip_lab": lambda: [ours(t, truncate=True) for t in few], "open_clip (openai/CLIP)": lambda: [simple(t) for t in few],
-              "transformers, fast": lambda: [fast(t, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids for t in few], "instant-clip-tokenizer": lambda: [torch.from_numpy(instant.tokenize_batch([t], context_length=77).astype(np.int64)) for t in few]}
-    print(f"  {len(few):,} of them, one by one, after the first pass")
-    _, one = race(single, args.rounds)
-    yield dict(rows=[dict(what="one call", n=len(texts)) | r for r in rows] + [dict(what="one by one", n=len(few)) | r for r in one], ratios=against + [dict(what="one by one") | r for r in ratios(one)], facts=dict(captions=len(texts), same_ids=same))
-
-
 def fresh(simple):
     "open_clip's tokenizer remembers words as ours does; it starts each round without."
     simple.cache = {t: t for t in ("<start_of_text>", "<end_of_text>", "<|startoftext|>", "<|endoftext|>") if t in simple.cache}
     return simple
+
+
+def tokenizer(args):
+    fast = fast_tokenizer()             # transformers before open_clip's files, beside which torchvision is a stub
+    import instant_clip_tokenizer
+    from clip_lab.tokenizer import Tokenizer
+    open_clip_modules()
+    simple, instant, ours = importlib.import_module("open_clip.tokenizer").SimpleTokenizer(), instant_clip_tokenizer.Tokenizer(), Tokenizer()
+    def rust(texts): return torch.from_numpy(instant.tokenize_batch(texts, context_length=77).astype(np.int64))
+    def padded(texts): return fast(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    rows, texts = [], captions(max(args.captions))
+    for n in sorted(args.captions):
+        some, unused = texts[:n], [Tokenizer() for _ in range(args.rounds)]          # each remembers nothing yet
+        found, taken = race({"clip_lab": lambda: unused.pop()(some, truncate=True), "open_clip (openai/CLIP)": lambda: fresh(simple)(some), "transformers, fast": lambda: padded(some), "instant-clip-tokenizer": lambda: rust(some)}, args.rounds, what="one call", size=n)
+        rows += taken
+    same = {side: float((ids == found["clip_lab"]).all(1).float().mean()) for side, ids in found.items()}
+    assert same["open_clip (openai/CLIP)"] == 1, same
+    few = texts[:max(args.captions) // 10]
+    rows += race({"clip_lab": lambda: [ours(t, truncate=True) for t in few], "open_clip (openai/CLIP)": lambda: [simple(t) for t in few], "transformers, fast": lambda: [padded(t) for t in few],
+                  "instant-clip-tokenizer": lambda: [rust([t]) for t in few]}, args.rounds, what="one by one", size=len(few))[1]
+    yield part(rows, captions=len(texts), same_ids=same)
 
 
 def jpegs(n: int) -> list[bytes]:
@@ -108,24 +100,33 @@ def plain(data: bytes) -> torch.Tensor:
 
 
 def preprocess(args):
+    import transformers
     from clip_lab.images import preprocess as ours
     files, transform = jpegs(args.pictures), ours(224)
     theirs = transformers.CLIPImageProcessor()
     def processed(data): return torch.as_tensor(np.asarray(theirs(images=Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="np")["pixel_values"][0]))
-    sides = {"clip_lab": lambda: [transform(f) for f in files], "transformers": lambda: [processed(f) for f in files], "plain Pillow": lambda: [plain(f) for f in files]}
-    found, rows = race(sides, args.rounds)
-    apart = {side: float(max((a - b).abs().max() for a, b in zip(found["clip_lab"], found[side]))) for side in sides}
-    yield dict(rows=rows, ratios=ratios(rows), facts=dict(pictures=len(files), largest_difference=apart, class_of_transformers=type(theirs).__name__))
+    found, rows = race({"clip_lab": lambda: [transform(f) for f in files], "transformers": lambda: [processed(f) for f in files], "plain Pillow": lambda: [plain(f) for f in files]}, args.rounds, what="JPEG to tensor", size=len(files))
+    apart = {side: float(max((a - b).abs().max() for a, b in zip(found["clip_lab"], found[side]))) for side in found}
+    assert apart["transformers"] < 1e-4, apart
+    yield part(rows, pictures=len(files), largest_difference=apart, class_of_transformers=type(theirs).__name__)
 
 
 def transformers_side(clip):
     "transformers' CLIPModel with our weights."
+    import transformers
     from clip_lab.layouts import from_openai
     c = clip.config
     config = transformers.CLIPConfig(projection_dim=c.embed_dim, text_config=dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width, num_hidden_layers=c.text_layers, num_attention_heads=c.text_heads, vocab_size=c.vocab_size, eos_token_id=c.vocab_size - 1),
                         vision_config=dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_layers, num_attention_heads=c.vision_width // 64, image_size=c.image_resolution, patch_size=c.vision_patch_size))
     model = transformers.CLIPModel(config).eval()
     model.load_state_dict(from_openai(clip.state_dict(), "hf"), strict=False)
+    return model.to(clip.device)
+
+
+def open_clip_side(clip):
+    "open_clip's model with our weights."
+    model = open_clip_model(clip.config, clip.device).eval()
+    model.load_state_dict(clip.state_dict())
     return model
 
 
@@ -133,106 +134,100 @@ def features(out): return getattr(out, "pooler_output", out) if not isinstance(o
 
 
 def towers(args):
-    from clip_lab.embed import embed_texts
-    from clip_lab.model import build
-    texts, rows, against, facts = captions(max(args.batches)), [], [], dict(largest_difference={})
+    texts, rows, apart = captions(max(args.batches)), [], {}
     for name in ("ViT-B/32", "RN50"):
-        clip = build(name, seed=0)
-        peers = {"open_clip": open_clip_side(clip)[0]} if name == "ViT-B/32" else {"open_clip": open_clip_resnet(clip)}
+        clip = model_of(name, args.short, args.device)
+        peers = ({"transformers": transformers_side(clip)} if clip.config.is_vit else {})
+        peers["open_clip"] = open_clip_side(clip)
         if name == "RN50": clip.visual.to(memory_format=torch.channels_last)      # what training does; `load` leaves the order of the file
-        if name == "ViT-B/32": peers["transformers"] = transformers_side(clip)
         for size in args.batches:
-            if size > args.largest: continue
-            pictures, tokens = torch.randn(size, 3, 224, 224, generator=torch.Generator().manual_seed(0)), clip.tokenize(texts[:size])
+            pictures, tokens = torch.randn(size, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(args.device), clip.tokenize(texts[:size])
             padded = torch.nn.functional.pad(tokens, (0, 77 - tokens.shape[1]))
             def image(model): return features(model.get_image_features(pixel_values=pictures)) if hasattr(model, "get_image_features") else model.encode_image(pictures)
             def text(model): return features(model.get_text_features(input_ids=padded)) if hasattr(model, "get_text_features") else model.encode_text(padded)
             for what, sides in (("image", {"clip_lab": lambda: clip.encode_image(pictures)} | {k: lambda m=m: image(m) for k, m in peers.items()}),
                                 ("text", {"clip_lab": lambda: clip.encode_text(tokens)} | {k: lambda m=m: text(m) for k, m in peers.items()})):
-                print(f"  {name}, {what}, batch {size}")
+                if what == "text" and name != "ViT-B/32": continue                # RN50's text tower has the same shape
                 with torch.inference_mode():
-                    for run in sides.values(): run()
-                    found, taken = race(sides, args.rounds)
-                facts["largest_difference"][f"{name} {what} {size}"] = {k: float((found[k] - found["clip_lab"]).abs().max()) for k in peers}
-                rows += [dict(model=name, what=what, batch=size) | r for r in taken]
-                against += [dict(model=name, what=what, batch=size) | r for r in ratios(taken)]
-                yield dict(rows=rows, ratios=against, facts=facts)
-
-
-def open_clip_resnet(clip):
-    model_py, _ = open_clip_modules()
-    c = clip.config
-    model = model_py.CLIP(c.embed_dim, dict(image_size=c.image_resolution, width=c.vision_width, layers=c.vision_layers), dict(context_length=c.context_length, vocab_size=c.vocab_size, width=c.text_width, heads=c.text_heads, layers=c.text_layers), quick_gelu=True).eval()
-    model.load_state_dict(clip.state_dict())
-    return model
+                    if size < 256:
+                        for run in sides.values(): run()
+                    found, taken = race(sides, args.rounds if size < 256 else 1, args.device, what=f"{name} {what}", size=size)
+                apart[f"{name} {what}, {size}"] = {k: float((found[k] - found["clip_lab"]).abs().max()) for k in peers}
+                assert max(apart[f"{name} {what}, {size}"].values()) < 1e-3, apart
+                rows += taken
+    yield part(rows, largest_difference=apart)
 
 
 def classify(args):
-    from clip_lab.evals.prompts import TEMPLATES
-    from clip_lab.evals.zeroshot import TextWeights, classify as ours
-    from clip_lab.images import preprocess as transform_of
-    from clip_lab.model import build
-    clip = build("ViT-B/32", seed=0)
-    model, tokenize, builder, *_ = open_clip_side(clip)
-    files, transform, names, templates = jpegs(10), transform_of(224), ["cat", "dog", "tree", "house", "bicycle", "guitar", "pizza", "rocket", "penguin", "castle"], list(TEMPLATES["imagenet7"]) + ["a picture of {}."]
-    pictures = [Image.open(io.BytesIO(f)) for f in files]
-    rows, against = [], []
-    def theirs(weights=None):
-        weights = builder(model, tokenize, names, [lambda c, t=t: t.format(c) for t in templates]) if weights is None else weights
-        return model.encode_image(torch.stack([transform(f) for f in files]), normalize=True) @ weights
-    kept = builder(model, tokenize, names, [lambda c, t=t: t.format(c) for t in templates])
-    texts = TextWeights(clip)
-    texts(names, templates)
     from clip_lab.embed import embed_images
-    def warm(): return embed_images(clip, transform, files, progress=False).features @ texts(names, templates).T
-    for what, sides in (("cold", {"clip_lab": lambda: embed_images(clip, transform, files, progress=False).features @ TextWeights(clip)(names, templates).T, "open_clip": theirs}), ("warm", {"clip_lab": warm, "open_clip": lambda: theirs(kept)})):
-        print(f"  {what}")
-        with torch.inference_mode(): found, taken = race(sides, args.rounds)
+    from clip_lab.evals.prompts import TEMPLATES
+    from clip_lab.evals.zeroshot import TextWeights
+    from clip_lab.images import preprocess as transform_of
+    clip = model_of("ViT-B/32", args.short)
+    model = open_clip_side(clip)
+    tokenize, builder = importlib.import_module("open_clip.tokenizer").SimpleTokenizer(), importlib.import_module("open_clip.zero_shot_classifier").build_zero_shot_classifier
+    files, transform, templates = jpegs(2 if args.short else 10), transform_of(224), list(TEMPLATES["imagenet7"]) + ["a picture of {}."]
+    names = ["cat", "dog", "tree", "house", "bicycle", "guitar", "pizza", "rocket", "penguin", "castle"]
+    def built(): return builder(model, tokenize, names, [lambda c, t=t: t.format(c) for t in templates])
+    def theirs(weights): return model.encode_image(torch.stack([transform(f) for f in files]), normalize=True) @ weights
+    def ours(texts): return embed_images(clip, transform, files, progress=False).features @ texts(names, templates).T
+    kept, texts, rows = built(), TextWeights(clip), []
+    texts(names, templates)
+    for what, sides in (("cold", {"clip_lab": lambda: ours(TextWeights(clip)), "open_clip": lambda: theirs(built())}), ("warm", {"clip_lab": lambda: ours(texts), "open_clip": lambda: theirs(kept)})):
+        with torch.inference_mode(): found, taken = race(sides, args.rounds, what=what, size=len(files))
         assert (found["clip_lab"] - found["open_clip"]).abs().max() < 1e-4
-        rows += [dict(what=what) | r for r in taken]
-        against += [dict(what=what) | r for r in ratios(taken)]
-    yield dict(rows=rows, ratios=against, facts=dict(pictures=len(files), classes=len(names), templates=len(templates)))
+        rows += taken
+    yield part(rows, pictures=len(files), classes=len(names), templates=len(templates))
 
 
-START = {"python": "pass", "torch": "import torch", "first answer": "import clip_lab\nfrom clip_lab.data import emoji\nfrom clip_lab.evals.zeroshot import classify\nmodel, preprocess = clip_lab.load()\n"
+START = {"python": "", "import torch": "import torch", "first answer": "import clip_lab; from clip_lab.data import emoji; from clip_lab.evals.zeroshot import classify; model, preprocess = clip_lab.load(); "
          "classify(model, preprocess, [emoji.load('twemoji').pictures[0]], ['a cat', 'a face'])"}
+
+
+def forget() -> bool:
+    "Ask the system to drop the files of this Python and of this project from its page cache; False where it cannot be asked."
+    if not hasattr(os, "posix_fadvise"): return False
+    for folder in {Path(sys.prefix), Path(sys.base_prefix) / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}", ROOT / "clip_lab", ROOT / "apps"}:
+        for file in folder.rglob("*"):
+            if not file.is_file() or file.is_symlink(): continue
+            try:
+                with open(file, "rb") as f: os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            except OSError: pass
+    return True
+
+
+def first_answer(app: str) -> dict:
+    "Seconds from the start of an app's process to its first answer; CPU seconds are the process's own."
+    import app_load
+    import psutil
+    began = time.perf_counter()
+    process, url = app_load.start(ROOT / "apps" / f"{app}.py")
+    try:
+        app_load.first(app, url)
+        wall, used = time.perf_counter() - began, psutil.Process(process.pid).cpu_times()
+        return dict(cpu=used.user + used.system, wall=wall)
+    finally: app_load.stop(process)
 
 
 def start(args):
     taken = {what: [] for what in START}
-    for turn in range(args.rounds + 1):
+    for turn in range(args.rounds):
         for what in list(START)[::-1 if turn % 2 else 1]:
-            code = f"import time, resource\n{START[what]}\nu = resource.getrusage(resource.RUSAGE_SELF); print('took', u.ru_utime + u.ru_stime)"
-            seconds = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
-            if turn: taken[what].append(seconds)      # the first turn fills the page cache
-    medians = {what: statistics.median(t) for what, t in taken.items()}
-    print("  " + ", ".join(f"{what}: {s:.2f} s CPU" for what, s in medians.items()))
-    yield dict(rows=[dict(what=what, cpu=t) for what, t in taken.items()], ratios=[], facts=dict(medians=medians))
+            before = os.times()
+            wall = clocked(lambda: os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", START[what] or "pass"]))[1]["wall"]
+            after = os.times()
+            taken[what].append(dict(cpu=after.children_user + after.children_system - before.children_user - before.children_system, wall=wall))
+    rows = [row("clip_lab" if what == "first answer" else "without clip_lab", each, what=what) for what, each in taken.items()]
+    yield part(rows, apps=[])
+    for app in args.apps:
+        if not args.short: first_answer(app)                              # fills the page cache
+        rows.append(row("clip_lab", [first_answer(app) for _ in range(args.rounds)], what=f"{app} app, warm"))
+        if not args.short and forget(): rows.append(row("clip_lab", [first_answer(app) for _ in range(args.rounds) if forget()], what=f"{app} app, cold"))
+        for r in rows[len(START):][-2:]: print(f"  {r['what']}: {', '.join(f'{s:.1f}' for s in r['wall'])} s")
+        yield part(rows, apps=args.apps)
 
 
-PARTS = dict(tokenizer=tokenizer, preprocess=preprocess, towers=towers, classify=classify, start=start)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", help="JSON file to write")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--captions", type=int, default=100_000)
-    parser.add_argument("--pictures", type=int, default=100)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
-    parser.add_argument("--largest", type=int, default=32, help="largest batch of pictures and captions; 256 takes minutes a round on a processor")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    versions = {name: importlib.metadata.version(name) for name in ("open-clip-torch", "transformers", "instant-clip-tokenizer", "pillow")}
-    about = dict(device=platform.processor() or platform.machine(), torch=torch.__version__, threads=1, dtype="float32") | versions
-    output = Path(args.output)
-    kept = json.loads(output.read_text()) if output.exists() else {}
-    parts = kept["parts"] if kept.get("about") == about else {}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for name in args.parts:
-        print(name, flush=True)
-        for parts[name] in PARTS[name](args): output.write_text(json.dumps(dict(about=about, parts={p: parts[p] for p in PARTS if p in parts}), indent=1) + "\n")
-
-
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main(__doc__, dict(tokenizer=tokenizer, preprocess=preprocess, towers=towers, classify=classify, start=start), ("open-clip-torch", "transformers", "instant-clip-tokenizer", "pillow", "gradio"),
+         options=dict(captions=dict(type=int, nargs="+", default=[1000, 10_000, 100_000]), pictures=dict(type=int, default=100), batches=dict(type=int, nargs="+", default=[1, 8, 32, 256]), apps=dict(nargs="*", default=["zeroshot", "bias", "human"])),
+         short=dict(captions=[50, 200], pictures=3, batches=[1, 2], apps=["zeroshot"]))

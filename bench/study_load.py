@@ -63,7 +63,7 @@ async def crowd(port, people, answers, think):
     return np.array(times), acknowledged, time.perf_counter() - start
 
 
-def run(people: int, answers: int, think: float, db: str | None) -> dict:
+def run(people: int, answers: int, think: float, db: str | None, ready: float = 15) -> dict:
     design = demo_design(participants=people)
     with tempfile.TemporaryDirectory() as folder, socket.socket() as s:
         s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]; s.close()
@@ -74,7 +74,7 @@ def run(people: int, answers: int, think: float, db: str | None) -> dict:
             while True:
                 try: asyncio.run(Browser(port).ask("GET", "/api/health")); break
                 except OSError: time.sleep(0.2)
-            time.sleep(15)                          # the server makes its pictures ready
+            time.sleep(ready)                       # the server makes its pictures ready
             times, acknowledged, wall = asyncio.run(crowd(port, people, answers, think))
         finally:
             server.kill(); server.wait()
@@ -93,8 +93,10 @@ def main():
     parser.add_argument("--answers", type=int, default=20)
     parser.add_argument("--think", type=float, default=2.0)
     parser.add_argument("--db")
+    parser.add_argument("--short", action="store_true", help="ten people, two answers each, quickly")
     words = parser.parse_args()
-    rows = [run(words.people, words.answers, think, words.db) for think in (words.think, 0)]
+    if words.short: words.people, words.answers, words.think = 10, 2, 0.1
+    rows = [run(words.people, words.answers, think, words.db, 2 if words.short else 15) for think in (words.think, 0)[:1 if words.short else 2]]
     result = dict(machine=dict(cores=len(os.sched_getaffinity(0)), load_before=round(os.getloadavg()[0], 1), platform=platform.platform(), python=platform.python_version()), rows=rows)
     for row in rows: print(row)
     if words.output:

@@ -58,6 +58,20 @@ def test_search_is_a_stable_sort_whatever_the_tiles(seed, n, m, data):
     np.testing.assert_array_equal(values, np.take_along_axis(scores, expected, axis=1))
 
 
+@pytest.mark.parametrize("order", ["random", "rising", "falling", "equal"])
+@pytest.mark.parametrize("k", [1, 3, 200])
+def test_search_looks_past_spans_that_hold_nothing_better(order, k):
+    rng = np.random.default_rng(0)
+    queries, gallery = rng.integers(-3, 4, (5, 4)).astype(np.float32), rng.integers(-9, 10, (4096, 4)).astype(np.float32)     # whole numbers: exact, with many ties
+    if order == "equal": gallery[:] = gallery[0]
+    if order in ("rising", "falling"): gallery = gallery[np.argsort((gallery @ queries[0]) * (1 if order == "rising" else -1), kind="stable")]
+    scores = queries @ gallery.T
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    for chunk in (128, 512, 1000, 4096):
+        values, found = search(queries, gallery, k, chunk=chunk)
+        assert (found.numpy() == expected).all() and (values.numpy() == np.take_along_axis(scores, expected, 1)).all()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_gallery_on_disk_gives_the_same_answers(tmp_path, dtype):
     rows = unit(300).numpy().astype(dtype)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'ACCENT', 'INK', 'MUTED', 'QUIET', 'FAINT', 'STYLE', 'NUMBERS', 'label_bars', 'alt_text', 'bars_html',
-           'verdict_html', 'table_html', 'download_links', 'picture_grid', 'picture_buttons', 'interval_plot']
+           'verdict_html', 'table_html', 'download_links', 'picture_grid', 'picture_buttons', 'interval_plot', 'slope',
+           'cost_lines']
 
 # %% ../../nbs/ui/60_plots.ipynb #50f08209
 from base64 import b64encode
@@ -15,9 +16,11 @@ from collections.abc import Sequence
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter
+import numpy as np
 import pandas as pd
 from PIL import Image
+from scipy.stats import linregress
 
 # %% ../../nbs/ui/60_plots.ipynb #b5881a3b
 #: The palette of Okabe & Ito (2008), safe for common colour-vision deficiencies.
@@ -216,5 +219,42 @@ def interval_plot(
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.grid(axis="x", color=FAINT, lw=0.8)
         ax.set_axisbelow(True)
+        if title: ax.set_title(title)
+    return ax
+
+# %% ../../nbs/ui/60_plots.ipynb #c7458a4b
+def slope(
+    size: Sequence[float],
+    cost: Sequence[float],
+) -> float:                          # 1: in proportion; 2: with the square
+    "The exponent with which a cost grows: the slope of a line through the logarithms, by least squares."
+    if len(set(size)) < 3: raise ValueError(f"{len(set(size))} sizes; a slope needs at least three")
+    return float(linregress(np.log(size), np.log(cost)).slope)
+
+def cost_lines(
+    rows: pd.DataFrame,              # a row per side and size: side, size, cost; the first side is the one in colour
+    ax: Axes | None = None,
+    title: str | None = None,
+    xlabel: str = "", ylabel: str = "",
+) -> Axes:
+    "Cost against size, both logarithmic: a line for each side, its slope in the legend. The figure is `.figure`."
+    _need(rows, ["side", "size", "cost"], "cost_lines")
+    looks = zip(rows.side.unique(), [ACCENT, OKABE_ITO["orange"], MUTED, OKABE_ITO["green"], OKABE_ITO["purple"]], "os^Dv")
+    with mpl.rc_context(STYLE):
+        ax = _axes(ax, 4.6, 3.2)
+        for side, colour, marker in looks:
+            line = rows[rows.side == side].sort_values("size")
+            grows = f", slope {slope(line['size'], line.cost):.2f}" if line["size"].nunique() > 2 else ""
+            ax.plot(line["size"], line.cost, marker=marker, ms=4, color=colour, lw=1.8 if colour == ACCENT else 1.1, label=f"{side}{grows}", zorder=3 if colour == ACCENT else 2)
+        sizes = sorted(rows["size"].unique())
+        ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, xticks=sizes[::1 + len(sizes) // 6])
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}k" if x % 1024 == 0 else f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x >= 1e3 else f"{x:g}")
+        low, high = rows.cost.min(), rows.cost.max()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 20 * low else (1,)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+        ax.grid(axis="y", color=FAINT, lw=0.8)
+        ax.set_ylim(low / 1.6, high * (high / low) ** (0.16 * rows.side.nunique() + 0.1))          # room for the legend
+        ax.legend(loc="upper left", framealpha=0.9, edgecolor="none", fontsize=7.5, borderaxespad=0.3, handlelength=1.4, labelspacing=0.3)
         if title: ax.set_title(title)
     return ax
