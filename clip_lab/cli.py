@@ -82,10 +82,28 @@ def columns_text(table) -> str:
     widths = [max(map(len, [name, *table[name]])) for name in table.columns]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)).rstrip() for row in [table.columns, *table.values.tolist()])
 
+# %% ../nbs/70_cli.ipynb #efbfd362
+def _pictures_in(given: list[Path]) -> tuple[list[Path], list[Path]]:
+    "What the arguments stand for, and the files of folders that are no pictures; a pattern or a folder without any is a BadParameter."
+    from glob import glob, has_magic
+    from clip_lab.data.readers import SUFFIXES, picture_files
+    found, skipped = [], []
+    for place in given:
+        matches = sorted(map(Path, glob(str(place.expanduser()), recursive=True))) if has_magic(str(place)) and not place.exists() else [place.expanduser()]     # a shell that does not know patterns, or quotes around one
+        if not matches: raise typer.BadParameter(f"no file is called like {place}", param_hint="PICTURES")
+        pictures, others = zip(*(picture_files(m) if m.is_dir() else ([m], []) for m in matches))
+        if not any(pictures): raise typer.BadParameter(f"{place} has no pictures; expected files ending in {', '.join(SUFFIXES)}, found {_some(sum(others, []))}", param_hint="PICTURES")
+        found, skipped = found + sum(pictures, []), skipped + sum(others, [])
+    return found, skipped
+
+def _some(files: list[Path], most: int = 5) -> str:
+    "The names of the first files, and how many more there are."
+    return ", ".join(f.name for f in files[:most]) + (f" and {len(files) - most} more" if len(files) > most else "") if files else "nothing"
+
 # %% ../nbs/70_cli.ipynb #6f161566
 @app.command()
 def classify(
-    pictures: Annotated[list[Path], typer.Argument(help="Picture files.", show_default=False)],
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.", show_default=False)],
     labels: Annotated[Optional[list[str]], typer.Option("--labels", "-l", help="Labels in plain language, separated by commas. May be repeated.")] = None,
     labels_file: Annotated[Optional[Path], typer.Option(help="A text file with one label a line ('-': standard input).")] = None,
     templates: Annotated[Optional[list[str]], typer.Option("--templates", "-t", help="A sentence with {} where the label goes. May be repeated.")] = None,
@@ -97,24 +115,27 @@ def classify(
 ):
     """Say what is in PICTURES, choosing among your labels.
 
-    Example: clip-lab classify cat.png bike.jpg --labels "a cat,a dog,a bicycle"
+    Example: clip-lab classify cat.png bike.jpg holidays/ --labels "a cat,a dog,a bicycle"
     """
     names = _given_labels(labels or [], labels_file)
     chosen = _given_templates(templates or [], template_set, model)
     from clip_lab.evals import zeroshot
+    from clip_lab.images import counted
     from clip_lab.pretrained import load, weights_hash
+    pictures, skipped = _pictures_in(pictures)
     loaded, preprocess = load(model, device=_device(device))
     preprocess = replace(preprocess, orient=True)      # photographs from telephones lie on their side without it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                # unreadable pictures are told one by one below
         table = zeroshot.classify(loaded, preprocess, pictures, names, chosen, top=None, progress=True)
     if as_json:
-        measured = {"model": model, "weights": weights_hash(loaded)[:16], "transform": preprocess.fingerprint(), "labels": names, "templates": chosen}
+        measured = {"model": model, "weights": weights_hash(loaded)[:16], "transform": preprocess.fingerprint(), "labels": names, "templates": chosen, "skipped": [str(f) for f in skipped]}
         print(answer_json(pictures, table, measured, top))
     for i, picture in enumerate(pictures):
         rows = table[table.picture == i]
         if rows.error.iloc[0]: _say(rows.error.iloc[0])
         elif not as_json: print(f"{picture}\n{answer_text(rows, top)}")
+    if skipped: _say(f"{counted(len(skipped), 'file is no picture and was', 'files are no pictures and were')} skipped: {_some(skipped)}")
     if (table.error != "").any(): raise typer.Exit(1)
 
 # %% ../nbs/70_cli.ipynb #0b3d6564
@@ -239,7 +260,8 @@ app.add_typer(data_app, name="data")
 
 def check_text(report) -> str:
     "A check's report: the problems with examples, then lengths and sizes."
-    lines = [f"{report.name}: {report.n:,} pairs"]
+    from clip_lab.images import counted
+    lines = [f"{report.name}: {counted(report.n, 'pair')}"]
     for problem, effect, count, share, _ in report.table().itertuples(index=False):
         if count: lines += [f"  {problem:<20} {count:>9,}  {share:7.2%}  {effect}"] + [f"      {key}: {message}" for key, message in report.examples[problem][:3]]
     if not report.percentiles.empty: lines += ["", columns_text(report.percentiles.pivot(index="measure", columns="percentile", values="value").round(0).astype(int).astype(str).rename(columns=lambda q: f"{q} %").reset_index())]

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from ..embed import ImageEmbeddings, embed_images
 from .stats import Estimate, interval, mean_per_class, proportion
+from ..images import counted
 from ..model import CLIP
 from ..pretrained import weights_hash
 
@@ -231,7 +232,7 @@ class ProbeResult:
                 "sweep": self.sweep.to_dict("records"), "converged": self.probe.converged, "measured": self.measured}
 
     def __repr__(self) -> str:
-        return f"ProbeResult({len(self.per_class)} classes; accuracy {self.accuracy}; mean per class {self.mean_per_class}; lambda {self.probe.lam:.3g})"
+        return f"ProbeResult({counted(len(self.per_class), 'class', 'classes')}; accuracy {self.accuracy}; mean per class {self.mean_per_class}; lambda {self.probe.lam:.3g})"
 
 # %% ../../nbs/evals/25_probe.ipynb #74701914
 def linear_probe(

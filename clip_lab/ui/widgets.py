@@ -32,6 +32,7 @@ from ..evals.flatmap import FlatMap, flat_map
 from ..evals.prompts import templates_for
 from ..evals.wording import read_labels, read_templates
 from ..evals.zeroshot import TextWeights, classify_features, ensemble
+from ..images import counted
 from ..model import CLIP
 from .bias import associated_bars, moves_plot, rate_curves
 from .figures import _done, _inches, _name_points, _new, shown
@@ -111,7 +112,7 @@ class Explorer:
 def _map_sentence(found: FlatMap, labels: Sequence[str], names: Sequence[str]) -> str:
     first = (found.pictures @ found.labels.T).argmax(0)
     ends = "; ".join(f"{label}: {names[i]}" for label, i in list(zip(labels, first))[:6])
-    return f"A map of {len(names)} pictures and {len(labels)} labels that keeps {found.share:.0%} of their squared preferences and has {found.faithful.sum()} of the pictures at the label that they prefer; furthest in the direction of {ends}{'; ...' if len(labels) > 6 else ''}."
+    return f"A map of {counted(len(names), 'picture')} and {counted(len(labels), 'label')} that keeps {found.share:.0%} of their squared preferences and has {found.faithful.sum()} of the pictures at the label that they prefer; furthest in the direction of {ends}{'; ...' if len(labels) > 6 else ''}."
 
 def _fit_plane(ax: Axes, places: np.ndarray) -> None:
     "Limits around all places with one scale for both axes, since otherwise angles would not be angles."
@@ -281,7 +282,7 @@ def duplicate_figure(found: Duplicates, threshold: float, a, b=None, n: int = 6)
     "`gallery.threshold_figure` with its sentence."
     figure, share = threshold_figure(found, threshold, a, b, n), found.share(threshold)
     pairs = found.pairs[found.pairs.similarity < threshold]
-    figure.axes[0].alt_text = (f"At a threshold of {threshold:.2f}, {len(found.above(threshold)):,} pairs are called copies, {share.value:.1%} [{share.low:.1%}, {share.high:.1%}] of {share.n:,} pictures; "
+    figure.axes[0].alt_text = (f"At a threshold of {threshold:.2f}, {counted(len(found.above(threshold)), 'pair is', 'pairs are')} called copies, {share.value:.1%} [{share.low:.1%}, {share.high:.1%}] of {counted(share.n, 'picture')}; "
                                + (f"the most similar pair that is refused has {pairs.similarity.max():.2f}, {pairs.iloc[0].a_name} and {pairs.iloc[0].b_name}." if len(pairs) else "none is refused."))
     return figure
 
