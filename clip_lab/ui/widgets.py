@@ -53,6 +53,15 @@ def _live() -> bool:
     from IPython import get_ipython
     return getattr(get_ipython(), "kernel", None) is not None
 
+#: ipywidgets writes a slider's description beside it, but its handle, which has the focus, has no name for a screen reader.
+_NAME_HANDLES = """<script>(() => {
+  const name = () => document.querySelectorAll('.widget-slider').forEach(slider => slider.querySelectorAll('[role=slider]').forEach(handle => handle.setAttribute('aria-label', slider.querySelector('.widget-label').textContent)));
+  const arrivals = new MutationObserver(name);
+  arrivals.observe(document.body, {childList: true, subtree: true});
+  setTimeout(() => arrivals.disconnect(), 10000);
+  name();
+})()</script>"""
+
 _ONE_AT_A_TIME = RLock()      # two controls may call from two threads, and settings of matplotlib belong to the process
 
 class Explorer:
@@ -95,7 +104,7 @@ class Explorer:
     def _output(self) -> tuple[dict, dict]:
         "The figure for a saved notebook; in front of a live page also as HTML, since JupyterLab gives a bare picture no alt text."
         png = b64encode(self.picture.data).decode()
-        live = {"text/html": f'<img style="max-width:100%" alt="{escape(self.alt)}" src="data:image/png;base64,{png}">'} if _live() else {}
+        live = {"text/html": f'<img style="max-width:100%" alt="{escape(self.alt)}" src="data:image/png;base64,{png}">{_NAME_HANDLES}'} if _live() else {}
         return {"text/plain": self.alt, "image/png": png} | live, {"image/png": {"alt": self.alt}}
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]: return self._output()
