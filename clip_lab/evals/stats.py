@@ -96,12 +96,17 @@ def mean_per_class(
     mean, total, (k, n, weight) = float((k / n).mean()), int(n.sum()), _strata(k, n)
     means = np.random.default_rng(seed).binomial(n, k / n, size=(n_resamples, len(n))) / n @ weight
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    same = (k == 0) | (k == n)                                       # drawn again, these are what they were: no spread, whatever n is
-    if not same.any(): return Estimate(mean, float(low), float(high), total, level, "stratified bootstrap")
-    ends = interval(k[same], n[same], level)
-    below, above = (np.linalg.norm(weight[same] * (k[same] / n[same] - end)) for end in ends)
+    below, above = (_unseen(k == end, n, weight, level) for end in (n, 0))
+    if not below and not above: return Estimate(mean, float(low), float(high), total, level, "stratified bootstrap")
     low, high = mean - np.hypot(max(mean - low, 0), below), mean + np.hypot(max(high - mean, 0), above)
     return Estimate(mean, max(0.0, float(low)), min(1.0, float(high)), total, level, "stratified bootstrap, Wilson for classes all right or all wrong")
+
+def _unseen(alike: np.ndarray, n: np.ndarray, weight: np.ndarray, level: float) -> float:
+    "How far the mean may move by classes that are all right (or all wrong): as one stratum, with as many pictures as its heaviest ones speak for."
+    if not alike.any(): return 0.0
+    share = weight[alike].sum()
+    pictures = int(share / (weight[alike] / n[alike]).max() + 1e-9)
+    return float(share * interval(0, pictures, level)[1])
 
 def _strata(k: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Right answers, pictures and weight of each class; those with a single picture form one stratum."
