@@ -76,7 +76,7 @@ def _leave(code: int) -> None:
     torch.distributed.barrier()
     sys.stdout.flush(), sys.stderr.flush(), os._exit(code)
 
-@app.command("eval")
+@app.command("eval", short_help="Evaluate a model on data sets.")
 def evaluate(
     data: Annotated[list[str], typer.Option("--data", "-d", help="Data sets, separated by commas: names from `clip-lab data list`, name=folder, or a folder of class folders. 'emoji' is its five styles.")],
     model: Annotated[str, typer.Option(help="A name from `clip-lab models`, a file, a directory or a hub id.")] = "emoji",
@@ -215,7 +215,7 @@ def _answers(file: Path | None) -> dict:
     if table.picture.tolist() != list(range(len(table))): raise ValueError(f"{file} has answers to {len(table)} pictures up to number {table.picture.max()}; expected one for every picture of B")
     return dict(right=(table["rank"] == 1).to_numpy(), labels=table.label.to_numpy())
 
-@app.command()
+@app.command(short_help="Find the pictures that two collections share.")
 def overlap(
     first: Annotated[str, typer.Argument(metavar="A", help="Pictures to look in, such as a training set: a folder, shards, a table, or a set that is always there.")],
     second: Annotated[Optional[str], typer.Argument(metavar="[B]", help="Pictures to look for, such as a test set; without it A is searched in itself.")] = None,

@@ -128,6 +128,18 @@ def test_a_wrong_command_line_is_exit_code_2(arguments, message):
     assert message in " ".join(done.stderr.split())
 
 
+def test_photographs_for_a_model_that_has_seen_drawings_get_a_hint(picture, tmp_path):
+    "Answers about photographs look as certain as any others."
+    Image.open(picture).save(tmp_path / "photo.JPG")
+    done = shell("classify", tmp_path / "photo.JPG", picture, "-l", "a cat,a dog", "--json")
+    assert done.returncode == 0 and done.stderr == "clip-lab: the model emoji has seen drawings only; for photographs, add --model photos\n"
+
+
+def test_no_line_of_the_command_list_is_cut_off():
+    lines = run("--help").stdout.partition("Commands:")[2].partition("Exit codes")[0]
+    assert "classify" in lines and "..." not in lines
+
+
 def test_a_folder_without_a_picture_is_exit_code_2(tmp_path):
     (tmp_path / "holiday.heic").touch()
     done = run("classify", tmp_path, "-l", "cat,dog")
