@@ -93,9 +93,11 @@ def mean_per_class(
     _check_level(level)
     k, n = k[n > 0], n[n > 0]
     if not len(n): raise ValueError("no class has a picture: a mean per class of nothing has no estimate")
-    mean, total, (k, n, weight) = float((k / n).mean()), int(n.sum()), _strata(k, n)
-    means = np.random.default_rng(seed).binomial(n, k / n, size=(n_resamples, len(n))) / n @ weight
+    rate, mean, total = k / n, float((k / n).mean()), int(n.sum())
+    draw_rate = np.where(n == 1, rate[n == 1].mean() if (n == 1).any() else 0.0, rate)   # single pictures form one stratum
+    means = (np.random.default_rng(seed).binomial(n, draw_rate, size=(n_resamples, len(n))) / n).mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    k, n, weight = _strata(k, n)
     below, above = (_unseen(k == end, n, weight, level) for end in (n, 0))
     if not below and not above: return Estimate(mean, float(low), float(high), total, level, "stratified bootstrap")
     low, high = mean - np.hypot(max(mean - low, 0), below), mean + np.hypot(max(high - mean, 0), above)
