@@ -46,7 +46,7 @@ def _ipywidgets():
     except ImportError as e: raise ImportError("explorers need ipywidgets: pip install 'clip_lab[notebooks]'; the functions that draw their figures work without") from e
     return ipywidgets
 
-_WIDE = {"layout": {"width": "36em"}, "style": {"description_width": "7em"}}      # of every control: names below each other
+_WIDE = {"layout": {"width": "36em", "max_width": "100%"}, "style": {"description_width": "7em"}}      # of every control: names below each other
 
 def _live() -> bool:
     "Is there a kernel with a page in front of it? Where notebooks are run without one, only the figure is kept."
