@@ -64,7 +64,7 @@ def _examples(split: Split, classnames: Sequence[str], what: str, every_class: b
     if x.ndim != 2 or y.shape != (len(x),): raise ValueError(f"{what}: features have shape {x.shape} and labels {y.shape}; expected (n, width) and (n,)")
     if not len(x): raise ValueError(f"{what}: no examples")
     if len(bad := np.flatnonzero(~np.isfinite(x).all(1))):
-        raise ValueError(f"{what}: {len(bad)} rows are not finite, the first is row {bad[0]}; leave out the pictures that could not be read (`ok` of `image_features`)")
+        raise ValueError(f"{what}: {counted(len(bad), 'row is', 'rows are')} not finite, the first is row {bad[0]}; leave out the pictures that could not be read (`ok` of `image_features`)")
     if not np.issubdtype(y.dtype, np.integer): raise ValueError(f"{what}: labels are {y.dtype}; expected whole numbers")
     if len(bad := np.flatnonzero((y < 0) | (y >= len(classnames)))):
         raise ValueError(f"{what}: label {y[bad[0]]} in row {bad[0]} is out of range; there are {len(classnames)} classes, 0 to {len(classnames) - 1}")
