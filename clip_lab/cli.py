@@ -43,8 +43,9 @@ def _given_labels(labels: list[str], file: Path | None) -> list[str]:
     if file is not None:
         try: lines += (sys.stdin if str(file) == "-" else file.open(encoding="utf-8")).read().splitlines()
         except (OSError, UnicodeDecodeError) as error: raise typer.BadParameter(f"{file} cannot be read as text ({error})", param_hint="--labels-file") from None
+    example = "" if lines else ' For example: --labels "a cat,a dog"'
     try: return read_labels("\n".join(lines))
-    except ValueError as error: raise typer.BadParameter(str(error), param_hint="--labels") from None
+    except ValueError as error: raise typer.BadParameter(f"{error}{example}", param_hint="--labels") from None
 
 def _given_templates(templates: list[str], name: str | None, model_name: str) -> list[str]:
     "Templates from `--templates` or `--template-set`, or those that suit the model."
@@ -82,44 +83,66 @@ def columns_text(table) -> str:
     widths = [max(map(len, [name, *table[name]])) for name in table.columns]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)).rstrip() for row in [table.columns, *table.values.tolist()])
 
+# %% ../nbs/70_cli.ipynb #efbfd362
+def _pictures_in(given: list[Path]) -> tuple[list[Path], list[Path]]:
+    "What the arguments stand for, and the files of folders that are no pictures; a pattern or a folder without any is a BadParameter."
+    from glob import glob, has_magic
+    from clip_lab.data.readers import SUFFIXES, picture_files
+    found, skipped = [], []
+    for place in given:
+        matches = sorted(map(Path, glob(str(place.expanduser()), recursive=True))) if has_magic(str(place)) and not place.exists() else [place.expanduser()]     # a shell that does not know patterns, or quotes around one
+        if not matches: raise typer.BadParameter(f"no file is called like {place}", param_hint="PICTURES")
+        pictures, others = zip(*(picture_files(m) if m.is_dir() else ([m], []) for m in matches))
+        if not any(pictures): raise typer.BadParameter(f"{place} has no pictures; expected files ending in {', '.join(SUFFIXES)}, found {_some(sum(others, []))}", param_hint="PICTURES")
+        found, skipped = found + sum(pictures, []), skipped + sum(others, [])
+    return found, skipped
+
+def _some(files: list[Path], most: int = 5) -> str:
+    "The names of the first files, and how many more there are."
+    return ", ".join(f.name for f in files[:most]) + (f" and {len(files) - most} more" if len(files) > most else "") if files else "nothing"
+
 # %% ../nbs/70_cli.ipynb #6f161566
-@app.command()
+@app.command(short_help="Say what is in pictures, choosing among your labels.")
 def classify(
-    pictures: Annotated[list[Path], typer.Argument(help="Picture files.", show_default=False)],
-    labels: Annotated[Optional[list[str]], typer.Option("--labels", "-l", help="Labels in plain language, separated by commas. May be repeated.")] = None,
-    labels_file: Annotated[Optional[Path], typer.Option(help="A text file with one label a line ('-': standard input).")] = None,
-    templates: Annotated[Optional[list[str]], typer.Option("--templates", "-t", help="A sentence with {} where the label goes. May be repeated.")] = None,
-    template_set: Annotated[Optional[str], typer.Option(help="A named set of templates: emoji, paper, imagenet7.")] = None,
-    model: Annotated[str, typer.Option(help="A name from `clip-lab models`, a file, a directory or a hub id.")] = "emoji",
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURES", help="Picture files, or folders of them.", show_default=False)],
+    labels: Annotated[Optional[list[str]], typer.Option("--labels", "-l", metavar="LABELS", help="Labels in plain language, separated by commas. May be repeated.")] = None,
+    labels_file: Annotated[Optional[Path], typer.Option(metavar="FILE", help="A text file with one label a line ('-': standard input).")] = None,
+    templates: Annotated[Optional[list[str]], typer.Option("--templates", "-t", metavar="SENTENCE", help="A sentence with {} where the label goes. May be repeated.")] = None,
+    template_set: Annotated[Optional[str], typer.Option(metavar="NAME", help="A named set of templates: emoji, paper, imagenet7.")] = None,
+    model: Annotated[str, typer.Option(metavar="NAME", help="A name from `clip-lab models`, a file, a directory or a hub id. For photographs: photos.")] = "emoji",
     top: Annotated[int, typer.Option(min=1, help="Answers shown for each picture.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, mps.")] = "cpu",
 ):
     """Say what is in PICTURES, choosing among your labels.
 
-    Example: clip-lab classify cat.png bike.jpg --labels "a cat,a dog,a bicycle"
+    Example: clip-lab classify cat.png bike.jpg holidays/ --labels "a cat,a dog,a bicycle"
     """
     names = _given_labels(labels or [], labels_file)
     chosen = _given_templates(templates or [], template_set, model)
     from clip_lab.evals import zeroshot
+    from clip_lab.images import counted
     from clip_lab.pretrained import load, weights_hash
+    pictures, skipped = _pictures_in(pictures)
     loaded, preprocess = load(model, device=_device(device))
     preprocess = replace(preprocess, orient=True)      # photographs from telephones lie on their side without it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                # unreadable pictures are told one by one below
         table = zeroshot.classify(loaded, preprocess, pictures, names, chosen, top=None, progress=True)
     if as_json:
-        measured = {"model": model, "weights": weights_hash(loaded)[:16], "transform": preprocess.fingerprint(), "labels": names, "templates": chosen}
+        measured = {"model": model, "weights": weights_hash(loaded)[:16], "transform": preprocess.fingerprint(), "labels": names, "templates": chosen, "skipped": [str(f) for f in skipped]}
         print(answer_json(pictures, table, measured, top))
     for i, picture in enumerate(pictures):
         rows = table[table.picture == i]
         if rows.error.iloc[0]: _say(rows.error.iloc[0])
         elif not as_json: print(f"{picture}\n{answer_text(rows, top)}")
+    if model == "emoji" and any(p.suffix.lower() in (".jpg", ".jpeg") for p in pictures): _say("the model emoji has seen drawings only; for photographs, add --model photos")
+    if skipped: _say(f"{counted(len(skipped), 'file is no picture and was', 'files are no pictures and were')} skipped: {_some(skipped)}")
     if (table.error != "").any(): raise typer.Exit(1)
 
 # %% ../nbs/70_cli.ipynb #0b3d6564
 def model_table():
-    "A DataFrame with a row per model: model, kind, pixels, parameters (millions), here."
+    "A DataFrame with a row per model: model, kind, pixels, parameters (millions), seen (in training), here."
     import pandas as pd
     from clip_lab.efficientnet import installed
     from clip_lab.locked import PHOTOS, LockedConfig
@@ -129,18 +152,19 @@ def model_table():
         if name == PHOTOS.name and not installed(PHOTOS.tower): return False      # its locked tower is a package of its own
         try: return locate(name, local_files_only=True).exists()
         except OSError: return False
+    seen = {"emoji": "drawings", PHOTOS.name: "photographs of ImageNet's things"}
     def row(name):
         c = CONFIGS.get(name, PHOTOS)
         size = sum(p.numel() for p in build(c, device="meta").parameters()) / 1e6
         kind = f"locked {c.tower}" if isinstance(c, LockedConfig) else "Vision Transformer" if c.is_vit else "ResNet"
-        return {"model": name, "kind": kind, "pixels": c.image_resolution, "parameters": f"{size:.0f} M", "here": here(name)}
+        return {"model": name, "kind": kind, "pixels": c.image_resolution, "parameters": f"{size:.0f} M", "seen": seen.get(name, "pictures of the web"), "here": here(name)}
     return pd.DataFrame([row(name) for name in sorted(available_models(), key="emoji".__ne__)])
 
-@app.command()
+@app.command(short_help="The models: what each has seen, how big it is, is it here?")
 def models(
-    fetch: Annotated[Optional[str], typer.Option(help="Load this model once, so that its weights are on this machine from then on.")] = None,
+    fetch: Annotated[Optional[str], typer.Option(metavar="NAME", help="Load this model once, so that its weights are on this machine from then on.")] = None,
 ):
-    "List the models: what each is, how big, and whether it is on this machine already."
+    "List the models: what each is, how big, what it has seen in training, and whether it is on this machine already."
     if fetch:
         from clip_lab.pretrained import load
         load(fetch)
@@ -191,7 +215,7 @@ def _app_file() -> Path | None:
     file = Path(__file__).resolve().parents[1] / "apps" / "zeroshot.py"
     return file if file.is_file() else None
 
-@app.command()
+@app.command(short_help="Classify shipped pictures, measure it, open the app.")
 def demo(
     no_app: Annotated[bool, typer.Option("--no-app", help="Stop after the tables.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Measure on all pictures of the style, not on 1,000.")] = False,
@@ -219,7 +243,7 @@ def _open_app(port: int):
     runpy.run_path(str(file), run_name="__main__")
 
 # %% ../nbs/70_cli.ipynb #357ad130
-@app.command()
+@app.command(short_help="Measure the model card's numbers again.")
 def card(
     name: Annotated[str, typer.Option("--model", metavar="NAME", help="A name from `clip-lab models`, or a file.")] = "emoji",
     write: Annotated[Optional[Path], typer.Option(metavar="FOLDER", file_okay=False, help="Also write emoji.card.json and MODEL_CARD.md there.")] = None,
@@ -235,11 +259,12 @@ def card(
 
 # %% ../nbs/70_cli.ipynb #702d6269
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pairs to train on and sets to evaluate on: what there is, and whether it is whole.")
-app.add_typer(data_app, name="data")
+app.add_typer(data_app, name="data", short_help="Data sets there are; are your own pairs whole?")
 
 def check_text(report) -> str:
     "A check's report: the problems with examples, then lengths and sizes."
-    lines = [f"{report.name}: {report.n:,} pairs"]
+    from clip_lab.images import counted
+    lines = [f"{report.name}: {counted(report.n, 'pair')}"]
     for problem, effect, count, share, _ in report.table().itertuples(index=False):
         if count: lines += [f"  {problem:<20} {count:>9,}  {share:7.2%}  {effect}"] + [f"      {key}: {message}" for key, message in report.examples[problem][:3]]
     if not report.percentiles.empty: lines += ["", columns_text(report.percentiles.pivot(index="measure", columns="percentile", values="value").round(0).astype(int).astype(str).rename(columns=lambda q: f"{q} %").reset_index())]
@@ -298,7 +323,7 @@ def data_curate(
     print(columns_text(found.queries.nlargest(10, "before")[["query", "before", "chosen", "after"]].astype(str)))
 
 # %% ../nbs/70_cli.ipynb #52808bd7
-@app.command()
+@app.command(short_help="Write a training run as one page.")
 def report(run: Annotated[Path, typer.Argument(help="The output folder of a training run.", exists=True, file_okay=False)]):
     "Write report.html into a training run's folder: settings, curves, last values."
     try: from clip_lab.ui.training import run_report

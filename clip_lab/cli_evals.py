@@ -51,10 +51,11 @@ def _number(metric: str, value: float) -> str:
 
 def bundle_text(bundle) -> str:
     "One bundle as a heading, what was measured, and its estimates."
+    from clip_lab.images import counted
     a, rows = bundle.asked, bundle.rows
     words = [f"weights {a['weights_hash'][:12]}", f"transform {a['transform'][:12]}", f"pictures {a['data_hash'][:12]}"]
-    if a.get("classnames"): words.append(f"{len(a['classnames']):,} classes")
-    if a.get("templates"): words.append(f"{len(a['templates'])} template{'s' * (len(a['templates']) != 1)}")
+    if a.get("classnames"): words.append(counted(len(a["classnames"]), "class", "classes"))
+    if a.get("templates"): words.append(counted(len(a["templates"]), "template"))
     table = rows.assign(estimate=[f"{_number(m, e)} [{_number(m, l)}, {_number(m, h)}]" for m, e, l, h in zip(rows.metric, rows.estimate, rows.low, rows.high)],
                         n=[f"{n:,}" for n in rows.n], chance=[_number(m, c) for m, c in zip(rows.metric, rows.chance)])
     head = f"{a['data']} · {a['target']} · {a['task']}   {bundle.id}\n  {', '.join(words)}, {a['level']:.0%} intervals, seed {a['seed']}"
@@ -75,7 +76,7 @@ def _leave(code: int) -> None:
     torch.distributed.barrier()
     sys.stdout.flush(), sys.stderr.flush(), os._exit(code)
 
-@app.command("eval")
+@app.command("eval", short_help="Evaluate a model on data sets.")
 def evaluate(
     data: Annotated[list[str], typer.Option("--data", "-d", help="Data sets, separated by commas: names from `clip-lab data list`, name=folder, or a folder of class folders. 'emoji' is its five styles.")],
     model: Annotated[str, typer.Option(help="A name from `clip-lab models`, a file, a directory or a hub id.")] = "emoji",
@@ -184,8 +185,9 @@ def data_show(name: Annotated[str, typer.Argument(help="A name from `clip-lab da
     "Everything that is known about a data set: classes, sizes, metric, templates, licence, and what its folder must look like."
     from clip_lab.data import offline
     if name in offline.SETS:
+        from clip_lab.images import counted
         loaded = offline.load(name)
-        known = dict(name=name, pictures=len(loaded.data), **loaded.facts) | {f"target {q}": f"{len(t.classnames):,} classes, " + ", ".join(f"{k} {len(v):,}" for k, v in t.splits.items()) for q, t in loaded.targets.items()}
+        known = dict(name=name, pictures=len(loaded.data), **loaded.facts) | {f"target {q}": f"{counted(len(t.classnames), 'class', 'classes')}, " + ", ".join(f"{k} {len(v):,}" for k, v in t.splits.items()) for q, t in loaded.targets.items()}
     else:
         from clip_lab.data.sets import show_set
         known = show_set(name, root)
@@ -213,7 +215,7 @@ def _answers(file: Path | None) -> dict:
     if table.picture.tolist() != list(range(len(table))): raise ValueError(f"{file} has answers to {len(table)} pictures up to number {table.picture.max()}; expected one for every picture of B")
     return dict(right=(table["rank"] == 1).to_numpy(), labels=table.label.to_numpy())
 
-@app.command()
+@app.command(short_help="Find the pictures that two collections share.")
 def overlap(
     first: Annotated[str, typer.Argument(metavar="A", help="Pictures to look in, such as a training set: a folder, shards, a table, or a set that is always there.")],
     second: Annotated[Optional[str], typer.Argument(metavar="[B]", help="Pictures to look for, such as a test set; without it A is searched in itself.")] = None,

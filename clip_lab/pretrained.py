@@ -205,19 +205,28 @@ def read(
     return Checkpoint(path, layout, state, config, transform, notes)
 
 # %% ../nbs/08c_pretrained.ipynb #d99f7b86
+def _ask_once(url: str):
+    "One question to the hub, without a second try: `hf_hub_download` asks a hub that is not there for half a minute. What the hub answers is left to it."
+    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub.errors import HfHubHTTPError
+    try: get_hf_file_metadata(url)
+    except HfHubHTTPError: pass
+
 def _hub_file(repo: str, names: tuple[str, ...], advice: str, revision=None, cache_dir=None, local_files_only=False) -> Path:
     "The first of `names` in a hub repository, from the cache or else the network; FileNotFoundError with advice."
-    from huggingface_hub import hf_hub_download     # 0.2 s, and only needed here
+    from huggingface_hub import hf_hub_download, hf_hub_url     # 0.2 s, and only needed here
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     reason = "the hub's cache does not have it"
     for offline in (True,) if local_files_only else (True, False):
         for name in names:
-            try: return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, local_files_only=offline))
+            try:
+                if not offline: _ask_once(hf_hub_url(repo, name, revision=revision))
+                return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, local_files_only=offline))
             except LocalEntryNotFoundError as e:
                 if not offline: reason += f", and the hub cannot be reached ({str(e.__cause__ or e).splitlines()[0]:.120})"; break
             except EntryNotFoundError: continue
             except (HfHubHTTPError, HFValidationError) as e: reason += f", and the hub says: {str(e).splitlines()[0]:.160}"; break
-            except Exception as e: reason += f", and the hub cannot be read ({type(e).__name__}: {(str(e).splitlines() or [''])[0]:.120})"; break     # the transport's own: too slow, cut off, ...
+            except Exception as e: reason += f", and the hub cannot be reached ({type(e).__name__}: {(str(e).splitlines() or [''])[0]:.120})"; break     # the transport's own: no network, too slow, cut off, ...
     raise FileNotFoundError(f"{repo} ({' or '.join(names)}): {reason}. {advice}")
 
 def _hub_weights(repo: str, **where) -> Path:

@@ -1,6 +1,5 @@
 """Attribute accuracy: planted gaps lie in their intervals and none are made up, also when subjects repeat; MetricFrame; FairFace's own files to the layouts of Tables 3 and 5; wrong input."""
 
-import gc
 import sys
 
 import numpy as np
@@ -38,14 +37,6 @@ def drawn(rng, codes, rates, subjects=None, shared=0.0):
 def within(hits, n, rate): return binom.ppf(1e-4, n, rate) <= hits <= binom.ppf(1 - 1e-4, n, rate)
 
 
-@pytest.fixture
-def frozen():
-    "statsmodels collects garbage at every adjustment; with all that torch has loaded this costs half a second each time."
-    gc.collect(); gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def no_frame(monkeypatch): monkeypatch.setattr(a, "metric_frame", lambda answers, truth, grouping: FakeFrame(answers, truth, grouping))
 
 
@@ -59,7 +50,7 @@ class FakeFrame:
 
 
 # ------------------------------------------------------------------ planted and not planted
-def test_planted_gaps_lie_in_their_intervals(monkeypatch, frozen):
+def test_planted_gaps_lie_in_their_intervals(monkeypatch):
     no_frame(monkeypatch)
     codes, rates = np.repeat([0, 1, 2], [250, 160, 90]), np.array([.92, .80, .86])
     exact = newcombe = ratio = found = largest = 0
@@ -79,7 +70,7 @@ def test_planted_gaps_lie_in_their_intervals(monkeypatch, frozen):
     assert found > .7 * REPEATS                                          # and most of them are found
 
 
-def test_without_a_difference_false_findings_are_held(monkeypatch, frozen):
+def test_without_a_difference_false_findings_are_held(monkeypatch):
     no_frame(monkeypatch)
     codes, any_found, spreads = np.repeat(np.arange(5), [100, 80, 80, 60, 40]), 0, 0
     for seed in range(REPEATS):
@@ -89,7 +80,7 @@ def test_without_a_difference_false_findings_are_held(monkeypatch, frozen):
     assert any_found <= binom.ppf(1 - 1e-4, REPEATS, .05) and spreads <= binom.ppf(1 - 1e-4, REPEATS, .05), (any_found, spreads)
 
 
-def test_when_subjects_repeat_their_number_counts(monkeypatch, frozen):
+def test_when_subjects_repeat_their_number_counts(monkeypatch):
     no_frame(monkeypatch)
     rng = np.random.default_rng(7)
     subjects, codes = np.repeat(np.arange(120), 6), np.repeat(rng.permutation(np.repeat([0, 1], 60)), 6)

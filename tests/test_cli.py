@@ -69,6 +69,37 @@ def test_an_unreadable_picture_stops_nobody(picture, tmp_path):
     assert done.stderr.count("clip-lab: ") == 2 and "Traceback" not in done.stderr
 
 
+@pytest.fixture
+def folder(picture, tmp_path):
+    "Two pictures, one of them a level deeper, beside files that are none."
+    home = tmp_path / "holidays"
+    (home / "beach").mkdir(parents=True)
+    for name in ("a.png", "beach/b.PNG"): (home / name).write_bytes(picture.read_bytes())
+    for name in ("notes.txt", "beach/IMG_1.HEIC", ".hidden"): (home / name).write_text("x")
+    return home
+
+
+def test_a_folder_means_the_pictures_in_it(folder):
+    done = shell("classify", folder, "-l", "a cat,a dog", "--top", 1)
+    assert done.returncode == 0, done.stderr
+    assert [line.removeprefix(f"{folder}/") for line in done.stdout.splitlines() if line.startswith(str(folder))] == ["a.png", "beach/b.PNG"]
+    assert done.stderr == "clip-lab: 2 files are no pictures and were skipped: IMG_1.HEIC, notes.txt\n"
+
+
+def test_folders_files_and_patterns_together(folder, picture, monkeypatch):
+    monkeypatch.chdir(folder)
+    told = json.loads(run("classify", "*.png", "beach", picture, "-l", "a cat,a dog", "--json").stdout)
+    assert [p["picture"] for p in told["pictures"]] == ["a.png", "beach/b.PNG", str(picture)] and told["skipped"] == ["beach/IMG_1.HEIC"]
+    (folder / "[1].png").write_bytes(picture.read_bytes())                     # a name that looks like a pattern is a name
+    assert json.loads(run("classify", "[1].png", "-l", "a cat,a dog", "--json").stdout)["pictures"][0]["picture"] == "[1].png"
+
+
+def test_a_corrupt_picture_in_a_folder_is_told_like_any_other(folder):
+    (folder / "broken.jpg").write_text("no picture")
+    done = shell("classify", folder, "-l", "a cat,a dog", "--json")
+    assert done.returncode == 1 and len(json.loads(done.stdout)["pictures"]) == 3 and "broken.jpg is not a picture" in done.stderr
+
+
 def test_labels_from_a_file_and_from_standard_input(picture, tmp_path):
     file = tmp_path / "labels.txt"
     file.write_text("salt, and pepper\n\na dog\n")
@@ -88,12 +119,31 @@ def test_labels_from_a_file_and_from_standard_input(picture, tmp_path):
     (["classify", "x.png", "--labels-file", "nowhere.txt"], "nowhere.txt cannot be read"),
     (["classify", "x.png", "-l", "cat", "--device", "abacus"], "'abacus' is not a device"),
     (["classify", "x.png", "-l", "cat", "--top", "0"], "--top"),
+    (["classify", "nowhere/*.png", "-l", "cat"], "no file is called like nowhere/*.png"),
     (["clasify"], "Did you mean 'classify'"),
 ], ids=lambda x: None if isinstance(x, list) else x)
 def test_a_wrong_command_line_is_exit_code_2(arguments, message):
     done = run(*arguments)
     assert done.exit_code == 2 and done.stdout == ""
     assert message in " ".join(done.stderr.split())
+
+
+def test_photographs_for_a_model_that_has_seen_drawings_get_a_hint(picture, tmp_path):
+    "Answers about photographs look as certain as any others."
+    Image.open(picture).save(tmp_path / "photo.JPG")
+    done = shell("classify", tmp_path / "photo.JPG", picture, "-l", "a cat,a dog", "--json")
+    assert done.returncode == 0 and done.stderr == "clip-lab: the model emoji has seen drawings only; for photographs, add --model photos\n"
+
+
+def test_no_line_of_the_command_list_is_cut_off():
+    lines = run("--help").stdout.partition("Commands:")[2].partition("Exit codes")[0]
+    assert "classify" in lines and "..." not in lines
+
+
+def test_a_folder_without_a_picture_is_exit_code_2(tmp_path):
+    (tmp_path / "holiday.heic").touch()
+    done = run("classify", tmp_path, "-l", "cat,dog")
+    assert done.exit_code == 2 and done.stdout == "" and "has no pictures" in done.stderr and "holiday.heic" in " ".join(done.stderr.split())
 
 
 def test_an_unknown_model_is_one_line_and_exit_code_1(picture):

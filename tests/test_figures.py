@@ -224,3 +224,15 @@ def test_sentences_count_what_the_table_holds():
     assert "none is ever reached" in describe("efficiency_bars", table[1:])
     assert "12.0 % [10.0, 15.0] (chance 1.0 %)" in describe("recall_curve", pd.DataFrame({"direction": ["d"], "k": [1], "estimate": [0.12], "low": [0.1], "high": [0.15], "n": [50], "chance": [0.01]}))
     with pytest.raises(ValueError, match="no figure is called 'pie'"): describe("pie", table)
+
+
+def test_sentences_count_one_thing_as_one():
+    "No figure says '1 labels lean' or '1 data sets'."
+    one = pd.DataFrame({"label": ["nanny", "nanny"], "leans": ["woman", "woman"], "group": ["woman", "man"], "estimate": [0.2, 0.1], "low": [0.1, 0.05], "high": [0.3, 0.2], "n": [50, 50]})
+    assert "1 label leans to woman" in describe("associated_bars", one)
+    two = pd.concat([one, one.assign(label="cook")])
+    assert "2 labels lean to woman" in describe("associated_bars", two)
+    bars = pd.DataFrame({"data": ["digits"], "estimate": [0.1], "low": [0.05], "high": [0.2], "n": [100]})
+    assert "on 1 data set:" in describe("difference_bars", bars) and "of 1 interval lies" in describe("difference_bars", bars)
+    counts = pd.DataFrame([[1]], index=["cat"], columns=["cat"])
+    assert describe("counts_plot", counts).startswith("1 answer of 1 true class:")

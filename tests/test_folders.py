@@ -150,7 +150,7 @@ def test_lists(tmp_path):
     write(tmp_path / "sun397", **{"SUN397/Training_01.txt": "/b/bar/sun_4.jpg\n"}); draw(tmp_path / "sun397", "SUN397/b/bar/sun_4.jpg")
     assert open_set("sun397", root=tmp_path, allow_missing=True).facts["missing"] == 1
     write(tmp_path / "sun397", **{"SUN397/Training_01.txt": "/a/abbey/sun_2.jpg\n/b/bar/sun_4.jpg\n"})
-    with pytest.raises(LayoutError, match="1 pictures are in train and in test"): open_set("sun397", root=tmp_path, allow_missing=True)
+    with pytest.raises(LayoutError, match="1 picture is in train and in test"): open_set("sun397", root=tmp_path, allow_missing=True)
 
 
 def test_frames_without_lists(tmp_path):

@@ -118,7 +118,7 @@ def test_all_cells_run(page, lab, name):
 def test_a_slider_moved_by_keyboard_changes_the_figure(page, lab):
     run_all(page, lab, NOTEBOOKS[2])
     with_slider = page.locator(".jp-CodeCell", has_text="slide = threshold_explorer(sweeps)")
-    figure, sentence, slider = with_slider.locator("img"), with_slider.get_by_role("status"), with_slider.get_by_role("slider")
+    figure, sentence, slider = with_slider.locator("img"), with_slider.get_by_role("status"), with_slider.get_by_role("slider", name="threshold")      # the handle itself has the name, for who cannot see what stands beside it
     figure.wait_for()
     source, told = figure.get_attribute("src"), figure.get_attribute("alt")
     assert told == sentence.inner_text()                               # the sentence on the page is the picture's alt text

@@ -114,3 +114,10 @@ def test_links_of_the_readme_lead_somewhere():
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / "README.md").read_text())
     assert len(links) > 10
     assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_every_notebook_has_the_same_kernel():
+    "Without one JupyterLab asks for it each time; `make sync` writes it."
+    kernels = {file: json.loads(file.read_text())["metadata"].get("kernelspec") for file in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts}
+    assert len(kernels) > 120
+    assert [f.name for f, kernel in kernels.items() if kernel != {"display_name": "python3", "language": "python", "name": "python3"}] == []

@@ -400,6 +400,17 @@ def test_offline_without_a_cache_says_what_to_do(name, tmp_path):
     if name == "RN50": assert RELEASED["RN50"].url in said and "load('path/to/RN50.pt')" in said
 
 
+def test_without_a_network_the_hub_is_asked_once(tmp_path):
+    "A port where nobody listens, as the hub's address: the message comes after one question, not after the pauses of five more."
+    code = ("import time, clip_lab.pretrained as p\n"
+            "time.sleep = lambda seconds: print('PAUSE', seconds)\n"
+            "try: p.load('RN50')\nexcept FileNotFoundError as e: print(e)")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert "cannot be reached (ConnectError" in done.stdout and "HF_HOME" in done.stdout
+    assert "PAUSE" not in done.stdout and "Retrying" not in done.stderr
+
+
 def test_local_files_are_loaded_without_slow_imports(tmp_path):
     path = own_file(TINY_VIT, tmp_path)
     code = (f"import sys, clip_lab.pretrained as p; p.load({str(path)!r})\n"

@@ -235,7 +235,7 @@ def broken():
 
 @pytest.mark.parametrize("call, message", [
     (lambda: fit((X, 0 * Y), ["cat"], 1.0), r"training split: one class only \(cat\)"),
-    (lambda: fit((broken(), Y), NAMES, 1.0), "training split: 1 rows are not finite, the first is row 7"),
+    (lambda: fit((broken(), Y), NAMES, 1.0), "training split: 1 row is not finite, the first is row 7"),
     (lambda: fit((X, Y + 1), NAMES, 1.0), "training split: label 3 in row 2 is out of range; there are 3 classes, 0 to 2"),
     (lambda: fit((X, Y - 1), NAMES, 1.0), "label -1 in row 0"),
     (lambda: fit((X, Y.astype(float)), NAMES, 1.0), "labels are float64; expected whole numbers"),
@@ -249,7 +249,7 @@ def broken():
     (lambda: sweep((X, Y), (X, Y + 1), NAMES), "validation split: label 3 in row"),
     (lambda: sweep((X, Y), (X[:, :4], Y), NAMES), "validation split: features have width 4"),
     (lambda: linear_probe((X, Y), (X[:, :4], Y), NAMES), "test split: features have width 4"),
-    (lambda: linear_probe((X, Y), (broken(), Y), NAMES), "test split: 1 rows are not finite"),
+    (lambda: linear_probe((X, Y), (broken(), Y), NAMES), "test split: 1 row is not finite"),
     (lambda: linear_probe((X[:4], Y[:4]), (X, Y), NAMES), "class 1 has one example"),
     (lambda: cut_validation(Y, 1.0), "share lies between 0 and 1"),
     (lambda: draw_shots(Y, 11, NAMES), "11 examples per class are asked for, but cat has 10, dog has 10, owl has 10"),

@@ -1,6 +1,5 @@
 """Representation: planted preferences lie in their intervals and are found, luck is not; NDKL, ties and association tests by hand, brute force and scipy; wrong input."""
 
-import gc
 from itertools import combinations
 
 import numpy as np
@@ -11,14 +10,6 @@ from clip_lab.audits import representation as r
 from clip_lab.audits.people import Grouping
 
 REPEATS = 200
-
-
-@pytest.fixture
-def frozen():
-    "statsmodels collects garbage at every adjustment; with all that torch has loaded this costs half a second each time."
-    gc.collect(); gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def grouped(codes, minimum=1):
@@ -36,7 +27,7 @@ def gallery(rng, n, shares, shift):
 
 
 # ------------------------------------------------------------------ planted and not planted
-def test_planted_skew_lies_in_its_interval_and_is_found(frozen):
+def test_planted_skew_lies_in_its_interval_and_is_found():
     n, k, shares, shift = 400, 60, np.array([.5, .3, .2]), .7
     low, high = -10, 10                                                      # the threshold above which k / n of everybody lies, in the population
     for _ in range(80):
@@ -53,7 +44,7 @@ def test_planted_skew_lies_in_its_interval_and_is_found(frozen):
     assert found[0] > .8 * REPEATS and (found[1:] > .1 * REPEATS).all(), found / REPEATS
 
 
-def test_luck_is_luck(frozen):
+def test_luck_is_luck():
     codes = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [90, 70, 40]))
     g, skews, p, whole = grouped(codes), 0, [], 0
     for seed in range(REPEATS):
@@ -69,7 +60,7 @@ def test_luck_is_luck(frozen):
     assert np.mean(np.array(p) <= .05) <= .052                               # exact tests on counts: at most
 
 
-def test_intervals_of_extremes_hold_the_median_of_new_galleries(frozen):
+def test_intervals_of_extremes_hold_the_median_of_new_galleries():
     n, k, shares, hit, asked = 200, 40, [.4, .3, .2, .1], np.zeros(3), 0
     for shift in (0.0, .4):
         rows = np.stack([(lambda c, s: c[r.ranked(s)])(*gallery(np.random.default_rng([9, seed]), n, shares, shift)) for seed in range(1500)])
@@ -83,7 +74,7 @@ def test_intervals_of_extremes_hold_the_median_of_new_galleries(frozen):
     assert (hit[:2] / asked > .9).all() and hit[2] / asked > .85, hit / asked
 
 
-def test_planted_association_is_recovered_and_luck_is_not(frozen):
+def test_planted_association_is_recovered_and_luck_is_not():
     rng, size, true, found, covered = np.random.default_rng(0), 40, .8, 0, 0
     a, b = np.eye(2)[:1], np.eye(2)[1:]
     def targets(shift): # s of a target, cos - sin of its angle, is normal to first order

@@ -80,6 +80,30 @@ def test_single_pictures_are_not_certain():
     assert mixed.low < mixed.value - 0.1 and mixed.high > mixed.value + 0.1
 
 
+def test_classes_all_right_or_all_wrong_are_not_certain():
+    "Redrawn, they never change; together they bring Wilson's interval instead."
+    for k, n, pooled in (([3, 3], [3, 3], (6, 6)), ([0, 0], [3, 3], (0, 6)), ([6], [6], (6, 6)), ([1] * 6, [1] * 6, (6, 6)), ([100, 1], [100, 1], (2, 2))):      # a class with a single picture says next to nothing
+        e, wilson = mean_per_class(k, n), proportion(*pooled)
+        assert (e.low, e.high) == (pytest.approx(wilson.low), pytest.approx(wilson.high)) and "Wilson" in e.method and e.n == sum(n)
+    certain, mixed = mean_per_class([40, 10], [50, 10]), mean_per_class([40, 9], [50, 10])
+    alone = (1 - proportion(10, 10).low) / 2
+    assert certain.low < certain.value - alone and certain.high >= certain.value
+    assert mixed.method == "stratified bootstrap"
+    both = mean_per_class([10, 0, 25], [10, 10, 50])
+    assert both.low < both.value - alone / 2 and both.high > both.value + alone / 2
+
+
+@pytest.mark.parametrize("classes, pictures, beta", [(2, 3, (19, 1)), (3, 2, (4, 1)), (10, 2, (4, 0.5)), (5, 4, (1, 9))])
+def test_few_pictures_in_each_class_still_hold_the_truth(classes, pictures, beta):
+    "The plain bootstrap holds it in a quarter to three quarters of these cases."
+    rng, held = np.random.default_rng(7), 0
+    for _ in range(400):
+        truth = rng.beta(*beta, classes)
+        e = mean_per_class(rng.binomial(pictures, truth), np.full(classes, pictures), n_resamples=400)
+        held += e.low - 1e-9 <= truth.mean() <= e.high + 1e-9
+    assert held >= scipy.stats.binom.ppf(1e-4, 400, 0.91)
+
+
 def test_the_seed_decides():
     k, n = [3, 9, 1], [4, 20, 7]
     assert mean_per_class(k, n, seed=1) == mean_per_class(k, n, seed=1) != mean_per_class(k, n, seed=2)

@@ -10,9 +10,13 @@ import pandas as pd
 import pytest
 
 sa = pytest.importorskip("sqlalchemy", reason="the study's database needs SQLAlchemy: pip install 'clip_lab[study]'")
-from clip_lab.humans.design import DONT_KNOW, demo_design, open_study
+import clip_lab
+from clip_lab.humans.analysis import apply_exclusions
+from clip_lab.humans.design import DONT_KNOW, Exclusion, demo_design, open_study
+from clip_lab.humans.models import model_answers
 from clip_lab.humans import store as room
 from clip_lab.humans.store import ANSWERS, METADATA, PEOPLE, SEATS, STUDY, WITHDRAWN, Refused, Store, Unavailable, answers_table, balance_table, check_finish_codes, delete_code, people_table, recruitment
+from clip_lab.ui.researcher import results_html
 from databases import new_database, postgres_server, why_no_postgres
 
 CLASSES = ("Brazil", "Canada", "Japan", "United Kingdom", "Bhutan", "Kiribati")
@@ -164,6 +168,31 @@ def test_enrolling_again_costs_no_seat(store):
     with ThreadPoolExecutor(6) as pool: people = set(pool.map(lambda _: store.enrol(key).id, range(6)))
     assert len(people) == 1 and {store.enrol(key).id for _ in range(5)} == people
     assert recruitment(store).free[0] == store.study.seats - 1
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_who_left_is_judged_by_the_declared_rule_for_the_unfinished(tmp_path, unfinished):
+    "Half a study, then the seat is given again: the answers count unless the design said beforehand that unfinished ones do not."
+    declared = open_study(demo_design(**SMALL, repeats=5, exclude=Exclusion(unfinished=unfinished)))
+    store = Store(f"sqlite:///{tmp_path}/study.db", declared)
+    keys = [store.ticket() for _ in range(declared.seats)]
+    people = [store.enrol(key) for key in keys]
+    half = next(i for i, trial in enumerate(people[0].trials) if trial.block == 1)
+    for trial in people[0].trials[:half]: store.answer(keys[0], trial.id, trial.wanted, 5.0)
+    for key in keys[1:]: run_through(store, key, seconds=5.0)
+    store.release_after = timedelta(0)
+    newcomer = store.ticket()
+    assert store.enrol(newcomer).seat == people[0].seat                  # the same trials once more, by somebody else
+    run_through(store, newcomer, seconds=5.0)
+    store.release_after = timedelta(minutes=30)
+    assert recruitment(store).left[0] == 1
+    kept, judged = apply_exclusions(answers_table(store), declared)
+    left = judged.set_index("participant").loc[people[0].id]
+    assert left.excluded == unfinished and left.why == ("unfinished" if unfinished else "") and len(judged) == declared.seats + 1
+    assert (people[0].id in set(kept.participant)) != unfinished
+    page = results_html(store, model_answers(declared, *clip_lab.load()), "emoji")
+    assert (f"1 of {declared.seats + 1} people are left out by the rules of the design: unfinished." if unfinished else "1 person counts with the answers they gave so far") in page
+    store.close()
 
 
 def test_the_seat_of_the_longest_silent_is_given_again(store, study):

@@ -1,4 +1,4 @@
-"""Keep what is generated equal to its source: notebooks -> library, notebooks clean, nbs/index.ipynb -> README.md.
+"""Keep what is generated equal to its source: notebooks -> library, notebooks clean and with a kernel, nbs/index.ipynb -> README.md.
 
 python tools/sync.py            writes them
 python tools/sync.py --check    writes them and fails, naming each file, if anything changed
@@ -10,6 +10,7 @@ from pathlib import Path
 import re
 import sys
 
+from execnb.nbio import read_nb, write_nb
 import nbformat
 from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
@@ -17,12 +18,23 @@ from nbdev.clean import nbdev_clean
 from nbdev.doclinks import nbdev_export
 from traitlets.config import Config
 
+from notebooks import KERNEL, wanted
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def snapshot() -> dict[Path, str]:
     files = [*ROOT.glob("clip_lab/**/*.py"), *ROOT.glob("nbs/**/*.ipynb"), ROOT / "README.md"]
     return {f: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists() and ".ipynb_checkpoints" not in f.parts}
+
+
+def write_kernels(files: list[Path]) -> None:
+    "The same kernel in every notebook: JupyterLab asks for one each time that it opens a notebook without."
+    for file in files:
+        notebook = read_nb(file)
+        if notebook.metadata.get("kernelspec") == KERNEL: continue
+        notebook.metadata["kernelspec"] = KERNEL
+        write_nb(notebook, file)
 
 
 def write_readme() -> None:
@@ -48,6 +60,7 @@ def main() -> int:
     before = snapshot()
     nbdev_export()
     nbdev_clean()
+    write_kernels(wanted([]))
     write_readme()
     after = snapshot()
     changed = sorted(str(f.relative_to(ROOT)) for f in before.keys() | after.keys() if before.get(f) != after.get(f))

@@ -29,6 +29,7 @@ from ..evals.results import name_of
 from ..evals.selection import paired_difference
 from ..evals.stats import adjust, difference, fisher, interval, mcnemar
 from ..evals.zeroshot import TextWeights
+from ..images import counted
 from ..model import CLIP
 from ..pretrained import weights_hash
 
@@ -156,7 +157,7 @@ def audit(
 ) -> Audit:
     "Ask a model about people as a plan says. Unreadable pictures are left out and noted; nothing readable is a ValueError."
     found = embed_images(model, preprocess, people.data.pictures, **embedding)
-    notes = [*notes, f"{len(found.errors)} of {len(people)} pictures could not be read and are left out; the first is {found.errors[0][1]}: {found.errors[0][2]}"] if found.errors else list(notes)
+    notes = [*notes, f"{len(found.errors)} of {counted(len(people), 'picture')} could not be read and {'is' if len(found.errors) == 1 else 'are'} left out; the first is {found.errors[0][1]}: {found.errors[0][2]}"] if found.errors else list(notes)
     if not found.ok.any(): raise ValueError(f"{people.data.name}: none of its {len(people)} pictures could be read; the first: {found.errors[0][2]}")
     data_hash = people.data.data_hash if not found.errors else ""
     people, features, texts = people.select(found.ok.numpy()), found.features[found.ok], TextWeights(model)

@@ -33,7 +33,7 @@ from ..evals.selection import paired_difference
 from ..evals.stats import adjust, interval, mcnemar
 from ..evals.wording import read_templates
 from ..evals.zeroshot import TextWeights
-from ..images import Preprocess
+from ..images import Preprocess, counted
 from ..model import CLIP
 from ..pretrained import weights_hash
 from ..tokenizer import clean
@@ -163,7 +163,7 @@ def labels_of(state: State) -> LabelSet:
     labels, categories = _base(state.labels, state.harm)
     first = None if state.labels == OWN else label_set(state.labels)
     found, edits = {l.label: l for l in labels}, []
-    if first is not None and len(labels) < len(first): edits.append(f"left out {len(first) - len(labels)} labels that do harm")
+    if first is not None and len(labels) < len(first): edits.append(f"left out {counted(len(first) - len(labels), 'label that does', 'labels that do')} harm")
     for kind, label, *rest in state.edits:
         if kind == "add" and (label in found or rest[1] not in categories or categories[rest[1]].harm > state.harm): raise ValueError(f"{label!r} cannot be added to {state.labels!r}.")
         if kind != "add" and label not in found: raise ValueError(f"{state.labels!r} has no label {label!r} to {kind}.")

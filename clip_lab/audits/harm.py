@@ -18,6 +18,7 @@ from .people import Grouping
 from .thresholds import Sweep, associated, check_thresholds
 from ..evals.selection import paired_difference
 from ..evals.stats import adjust, interval, mcnemar
+from ..images import counted
 
 # %% ../../nbs/audits/43_harm.ipynb #f5e428e9
 NO_LABEL = "no label"              # where no score reaches the threshold
@@ -200,7 +201,7 @@ class ClassDesign:
         for when, labels, flags in zip(("before", "after"), (self.before, self.after), self._harmful()):
             k = g.counts(flags)
             low, high = interval(k, g.n, level, _METHODS.get(method, method))
-            found.append(pd.DataFrame(dict(labels=f"{when}: {len(labels)} labels", group=g.names, k=k, n=g.n, estimate=k / g.n, low=low, high=high, small=g.small)))
+            found.append(pd.DataFrame(dict(labels=f"{when}: {counted(len(labels), 'label')}", group=g.names, k=k, n=g.n, estimate=k / g.n, low=low, high=high, small=g.small)))
         return pd.concat(found, ignore_index=True)
 
 # %% ../../nbs/audits/43_harm.ipynb #bbbf1fee

@@ -24,6 +24,7 @@ import yaml
 from ..data.plain import naming, read_plain
 from ..evals.prompts import Template, as_text, check_templates
 from ..evals.zeroshot import TextWeights, _check_rows, _chunks
+from ..images import counted
 from ..model import CLIP
 from ..tokenizer import clean
 
@@ -50,7 +51,7 @@ def _check_set(labels: "LabelSet") -> None:
     where = f"label set {labels.name!r}"
     for what in ("name", "version", "source"):
         if not isinstance(getattr(labels, what), str) or not getattr(labels, what).strip(): raise ValueError(f"{where} has no {what}; write one")
-    if len(labels.labels) < 2: raise ValueError(f"{where} has {len(labels.labels)} label{'' if len(labels.labels) == 1 else 's'}; a choice needs at least two")
+    if len(labels.labels) < 2: raise ValueError(f"{where} has {counted(len(labels.labels), 'label')}; a choice needs at least two")
     for column in ("label", "words"):
         seen = {}
         for i, label in enumerate(labels.labels):

@@ -27,6 +27,7 @@ from ..evals.metrics import roc_auc
 from ..evals.published import published
 from ..evals.stats import Estimate, proportion
 from ..evals.zeroshot import classifier
+from ..images import counted
 from ..model import CLIP
 from ..pretrained import weights_hash
 
@@ -348,6 +349,6 @@ def celeba_identities(
     if file is None: raise LayoutError(f"{root}: expected identity_CelebA.txt or Anno/identity_CelebA.txt")
     whose = dict(line.split()[:2] for line in file.read_text("utf-8").splitlines() if len(line.split()) >= 2)
     found = celeba(root)
-    if lost := [n for n in found.names if n not in whose]: raise LayoutError(f"{file}: {len(lost)} pictures have no identity, such as {lost[0]}")
+    if lost := [n for n in found.names if n not in whose]: raise LayoutError(f"{file}: {counted(len(lost), 'picture has', 'pictures have')} no identity, such as {lost[0]}")
     split = {i: name for name, places in found.splits.items() for i in places}
     return Labelled("celeba", Pictures(found.sources, found.names), pd.DataFrame(dict(persona=[int(whose[n]) for n in found.names], split=[split[i] for i in range(len(found.names))])))

@@ -18,6 +18,7 @@ import pandas as pd
 from .evalset import EvalSet, Target
 from .labelled import Labelled, Pictures
 from .registry import SPLITS, Card, classnames_for, subset, words
+from ..images import counted
 
 # %% ../../nbs/data/07h_found.ipynb #74268fa7
 class LayoutError(ValueError):
@@ -173,7 +174,7 @@ def _apart(name: str, splits: Mapping[str, Sequence[int]], found: Found) -> None
     for where, parts in ((name, splits), *((f"{name}, {q}", p) for q, p in found.splits_of.items())):
         for split in ("train", "validation"):
             if twice := set(map(int, parts.get(split, ()))) & set(map(int, parts["test"])):
-                raise LayoutError(f"{where}: {len(twice)} pictures are in {split} and in test, such as {found.names[min(twice)]}; what is tested may not be trained on")
+                raise LayoutError(f"{where}: {counted(len(twice), 'picture is', 'pictures are')} in {split} and in test, such as {found.names[min(twice)]}; what is tested may not be trained on")
 
 def dress(
     card: Card | None,                             # None: a folder that no card knows; its own words, accuracy

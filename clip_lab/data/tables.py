@@ -19,6 +19,7 @@ import numpy as np
 from .folders import Layout, class_folders, class_rows
 from .found import Found, LayoutError, Row, gather, need, pixels, seen
 from .registry import words
+from ..images import counted
 
 # %% ../../nbs/data/07j_tables.ipynb #31ca2f93
 def lines(file: Path, columns: int = 1, separator: str | None = None, at_most: bool = False) -> Iterator[list[str]]:
@@ -166,7 +167,7 @@ def celeba(root: Path) -> Found:
         marks = {c[0]: dict(zip(names, c[1:])) for c in notes}
         parts = dict(c[:2] for c in lines(need(root, "list_eval_partition.txt", "Eval/list_eval_partition.txt"), 2))
     splits = {"0": "train", "1": "validation", "2": "test"}
-    if lost := [name for name in marks if parts.get(name) not in splits]: raise LayoutError(f"{root}: {len(lost)} pictures are in no split, such as {lost[0]}")
+    if lost := [name for name in marks if parts.get(name) not in splits]: raise LayoutError(f"{root}: {counted(len(lost), 'picture is', 'pictures are')} in no split, such as {lost[0]}")
     rows = (Row(folder / name, {"gender": "male" if m["Male"] == "1" else "female"}, splits[parts[name]], name, more={k: v == "1" for k, v in m.items()})
             for name, m in marks.items())
     return gather(root, rows, {"gender": ("female", "male")})

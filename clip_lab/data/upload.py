@@ -21,7 +21,7 @@ import pandas as pd
 from PIL import Image
 
 from .labelled import Labelled, Pictures
-from ..images import ImageError, open_image
+from ..images import ImageError, counted, open_image
 
 # %% ../../nbs/data/07r_upload.ipynb #45ff85f7
 @dataclass(frozen=True)
@@ -181,9 +181,9 @@ class Upload:
 
     def told(self, names: int = 3) -> list[str]:
         "The report in sentences, one for each reason, with the first names."
-        said = [f"{len(self.data):,} pictures were read; they can be grouped by {', '.join(self.attributes)}."]
+        said = [f"{counted(len(self.data), 'picture was', 'pictures were')} read; they can be grouped by {', '.join(self.attributes)}."]
         for (what, do), rows in self.report.groupby(["what", "do"], sort=False):
-            said.append(f"{len(rows):,} {what}: {', '.join(rows.file.head(names))}{', ...' if len(rows) > names else ''}. {do}")
+            said.append(f"{what[0].upper()}{what[1:]} ({len(rows):,}): {', '.join(rows.file.head(names))}{', ...' if len(rows) > names else ''}. {do}")
         return said
 
 def _checked_picture(data: bytes, limits: Limits) -> str | None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..data.labelled import Labelled, Pictures
-from ..data.readers import SUFFIXES, ShardError, open_pairs
+from ..data.readers import SUFFIXES, ShardError, open_pairs, picture_files
 from ..embed import EmbeddingCache, embed_images
 from .detector import WEIGHTS, Detector, Squash, load_detector
 from .retrieval import faiss_index, search
@@ -69,7 +69,7 @@ def open_pictures(
     if path.is_dir() and (tars := sorted(path.glob("*.tar"))): return _Tar(tars)
     if path.suffix == ".tar" and path.is_file(): return _Tar([path])
     if path.is_dir() and not any(path.glob("*.parquet")) and not any(path.glob("dataset_*.json")):
-        found = sorted(p for p in path.rglob("*") if p.suffix[1:].lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
+        found, _ = picture_files(path)
         if not found: raise ValueError(f"{path} has no pictures; expected files ending in {', '.join(SUFFIXES)}, or .tar or .parquet files")
         return Pictures(found, [p.relative_to(path).as_posix() for p in found], background=None)
     source = open_pairs(place)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from ..embed import ImageEmbeddings, embed_images
 from .stats import Estimate, interval, mean_per_class, proportion
+from ..images import counted
 from ..model import CLIP
 from ..pretrained import weights_hash
 
@@ -63,7 +64,7 @@ def _examples(split: Split, classnames: Sequence[str], what: str, every_class: b
     if x.ndim != 2 or y.shape != (len(x),): raise ValueError(f"{what}: features have shape {x.shape} and labels {y.shape}; expected (n, width) and (n,)")
     if not len(x): raise ValueError(f"{what}: no examples")
     if len(bad := np.flatnonzero(~np.isfinite(x).all(1))):
-        raise ValueError(f"{what}: {len(bad)} rows are not finite, the first is row {bad[0]}; leave out the pictures that could not be read (`ok` of `image_features`)")
+        raise ValueError(f"{what}: {counted(len(bad), 'row is', 'rows are')} not finite, the first is row {bad[0]}; leave out the pictures that could not be read (`ok` of `image_features`)")
     if not np.issubdtype(y.dtype, np.integer): raise ValueError(f"{what}: labels are {y.dtype}; expected whole numbers")
     if len(bad := np.flatnonzero((y < 0) | (y >= len(classnames)))):
         raise ValueError(f"{what}: label {y[bad[0]]} in row {bad[0]} is out of range; there are {len(classnames)} classes, 0 to {len(classnames) - 1}")
@@ -231,7 +232,7 @@ class ProbeResult:
                 "sweep": self.sweep.to_dict("records"), "converged": self.probe.converged, "measured": self.measured}
 
     def __repr__(self) -> str:
-        return f"ProbeResult({len(self.per_class)} classes; accuracy {self.accuracy}; mean per class {self.mean_per_class}; lambda {self.probe.lam:.3g})"
+        return f"ProbeResult({counted(len(self.per_class), 'class', 'classes')}; accuracy {self.accuracy}; mean per class {self.mean_per_class}; lambda {self.probe.lam:.3g})"
 
 # %% ../../nbs/evals/25_probe.ipynb #74701914
 def linear_probe(

@@ -88,16 +88,33 @@ def mean_per_class(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    "The plain average of the classes' accuracies, with a stratified bootstrap interval; no pictures at all is a ValueError."
+    "The plain average of the classes' accuracies, with a stratified bootstrap interval, widened by what that cannot see; no pictures at all is a ValueError."
     k, n = (np.atleast_1d(x) for x in _counts(k, n))
     _check_level(level)
     k, n = k[n > 0], n[n > 0]
     if not len(n): raise ValueError("no class has a picture: a mean per class of nothing has no estimate")
-    rate = k / n
+    rate, mean, total = k / n, float((k / n).mean()), int(n.sum())
     draw_rate = np.where(n == 1, rate[n == 1].mean() if (n == 1).any() else 0.0, rate)   # single pictures form one stratum
     means = (np.random.default_rng(seed).binomial(n, draw_rate, size=(n_resamples, len(n))) / n).mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(rate.mean()), float(low), float(high), int(n.sum()), level, "stratified bootstrap")
+    k, n, weight = _strata(k, n)
+    below, above = (_unseen(k == end, n, weight, level) for end in (n, 0))
+    if not below and not above: return Estimate(mean, float(low), float(high), total, level, "stratified bootstrap")
+    low, high = mean - np.hypot(max(mean - low, 0), below), mean + np.hypot(max(high - mean, 0), above)
+    return Estimate(mean, max(0.0, float(low)), min(1.0, float(high)), total, level, "stratified bootstrap, Wilson for classes all right or all wrong")
+
+def _unseen(alike: np.ndarray, n: np.ndarray, weight: np.ndarray, level: float) -> float:
+    "How far the mean may move by classes that are all right (or all wrong): as one stratum, with as many pictures as its heaviest ones speak for."
+    if not alike.any(): return 0.0
+    share = weight[alike].sum()
+    pictures = int(share / (weight[alike] / n[alike]).max() + 1e-9)
+    return float(share * interval(0, pictures, level)[1])
+
+def _strata(k: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Right answers, pictures and weight of each class; those with a single picture form one stratum."
+    single, weight = n == 1, np.full(len(n), 1 / len(n))
+    if not single.any(): return k, n, weight
+    return tuple(np.append(x[~single], x[single].sum()) for x in (k, n, weight))
 
 # %% ../../nbs/evals/20_stats.ipynb #c637fad2
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from .results import Bundle, Results
 from .robustness import BASELINES, Baseline, fit_baseline, robustness
 from .stats import Estimate, difference, proportion
 from .zeroshot import TextWeights, evaluate_features, ranks_in
+from ..images import counted
 from ..model import CLIP
 from ..pretrained import weights_hash
 
@@ -123,7 +124,7 @@ def _read(f: SetFeatures, places: np.ndarray) -> tuple[np.ndarray, tuple[str, ..
     "The places that could be read, and a note on the others."
     read = places[f.ok[places]]
     if not len(read): raise ValueError(f"none of {len(places)} pictures could be read")
-    return read, (f"{len(places) - len(read)} of {len(places)} pictures could not be read and are left out",) * (len(read) < len(places))
+    return read, (f"{len(places) - len(read)} of {counted(len(places), 'picture')} could not be read and {'is' if len(places) - len(read) == 1 else 'are'} left out",) * (len(read) < len(places))
 
 # %% ../../nbs/evals/32_suite.ipynb #ec5469a6
 def zeroshot(asked: dict, texts: TextWeights, f: SetFeatures, data: EvalSet, question: str, origin=None) -> Bundle:
@@ -131,7 +132,7 @@ def zeroshot(asked: dict, texts: TextWeights, f: SetFeatures, data: EvalSet, que
     target, (level, seed) = data.target(question), (asked["level"], asked["seed"])
     places, notes = _read(f, target.splits["test"])
     weights = texts(target.classnames, asked["templates"])
-    if cut := sum(name in texts.cut for name in target.classnames): notes += (f"{cut} of {len(target.classnames)} class names are longer than the {texts.model.context_length} tokens that the model reads, and were cut",)
+    if cut := sum(name in texts.cut for name in target.classnames): notes += (f"{cut} of {counted(len(target.classnames), 'class name')} {'is' if cut == 1 else 'are'} longer than the {texts.model.context_length} tokens that the model reads, and {'was' if cut == 1 else 'were'} cut",)
     scores = f.unit[places] @ weights.T
     if target.several: return Bundle(asked, score_rows(scores, places, target, None, level, seed), notes=notes)
     result = evaluate_features(f.unit[places], weights, target.labels[places], target.classnames, level=level, seed=seed)
@@ -161,7 +162,7 @@ def captions_found(asked: dict, texts: TextWeights, f: SetFeatures, data: EvalSe
     sentences = [c for i in places for c in data.captions[i]]
     owners = np.repeat(np.arange(len(places)), [len(data.captions[i]) for i in places])
     model = texts.model
-    if cut := sum(len(model.tokenizer.encode(s)) + 2 > model.context_length for s in sentences): notes += (f"{cut} of {len(sentences)} captions are longer than the {model.context_length} tokens that the model reads, and were cut",)
+    if cut := sum(len(model.tokenizer.encode(s)) + 2 > model.context_length for s in sentences): notes += (f"{cut} of {counted(len(sentences), 'caption')} {'is' if cut == 1 else 'are'} longer than the {model.context_length} tokens that the model reads, and {'was' if cut == 1 else 'were'} cut",)
     result = retrieval.evaluate_features(f.unit[places], embed_texts(model, sentences, truncate=True, progress=False), owners, level=asked["level"], seed=asked["seed"])
     return Bundle(asked, result.table().rename(columns={"direction": "subset"}), details=dict(n_pictures=len(places), n_captions=len(sentences)), notes=notes)
 

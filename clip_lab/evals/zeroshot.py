@@ -21,6 +21,7 @@ from torch import Tensor
 from ..embed import embed_images, embed_texts
 from .prompts import Template, as_text, check_templates, fill, templates_for
 from .stats import Estimate, interval, mean_per_class, proportion
+from ..images import counted
 from ..model import CLIP
 from ..pretrained import weights_hash
 
@@ -237,7 +238,7 @@ class ZeroshotResult:
 
     def __repr__(self) -> str:
         parts = [f"top-{k} {e}" for k, e in self.topk.items()] + [f"mean per class {self.mean_per_class}"]
-        return f"ZeroshotResult({len(self.per_class)} classes; {'; '.join(parts)}; {self.n_unreadable} unreadable)"
+        return f"ZeroshotResult({counted(len(self.per_class), 'class', 'classes')}; {'; '.join(parts)}; {self.n_unreadable} unreadable)"
 
 # %% ../../nbs/evals/22_zeroshot.ipynb #8f936d9f
 def evaluate_features(

@@ -25,6 +25,7 @@ from ..data.evalset import EvalSet, Target
 from ..data.plain import naming, read_plain
 from ..data.sets import open_set
 from .drawings import emoji_study
+from ..images import counted
 
 # %% ../../nbs/humans/50_design.ipynb #32127784
 DONT_KNOW = "I don't know"
@@ -43,7 +44,7 @@ class Exclusion:
     "Whose answers the main analysis leaves out, declared before there are any; None: this rule is not used."
     failed_checks: float | None = 0.34     # more than this share of the attention checks failed
     too_fast: float | None = 0.2           # more than this share of the study trials answered in less than `min_seconds`
-    unfinished: bool = False               # whoever did not get to the last trial
+    unfinished: bool = False               # whoever did not answer all study trials, also those who left and whose seat was given again; False: what they answered counts
     fast_answers: bool = False             # also single answers below `min_seconds`, of everybody
 
 # %% ../../nbs/humans/50_design.ipynb #4dbc2f7f
@@ -313,13 +314,13 @@ class Study:
         "What a participant reads before a block; -1: before the practice."
         d, dont = self.design, f"Answer '{DONT_KNOW}' when you would only be guessing blindly; a hunch is an answer."
         rules = f"Do not search the web, and do not ask anybody. {dont} Now and then a trial tells you which answer to choose: please choose that one."
-        if block == -1: return f"{d.practice} trials to get used to the page; they count nowhere. {d.question} {rules}"
+        if block == -1: return f"{counted(d.practice, 'trial')} to get used to the page; {'it counts' if d.practice == 1 else 'they count'} nowhere. {d.question} {rules}"
         if not 0 <= block < len(self.blocks): raise ValueError(f"block {block}: expected -1 (practice) to {len(self.blocks) - 1}")
         shots, n = self.blocks[block], d.pictures_per_participant
-        shown = "no examples" if not shots else f"{shots} example picture{'s' if shots > 1 else ''} of each class, which stay{'' if shots > 1 else 's'} on the page"
+        shown = "no examples" if not shots else f"{counted(shots, 'example picture')} of each class, which stay{'' if shots > 1 else 's'} on the page"
         again = " You will have seen the pictures before; answer as you think now." if d.same_pictures and d.order == "ascending" and block else ""
         limit = f" You have {d.time_limit:g} seconds for each." if d.time_limit else ""
-        return f"{n} pictures with {shown}.{again}{limit} {rules}"
+        return f"{counted(n, 'picture')} with {shown}.{again}{limit} {rules}"
 
     @cached_property
     def materials_hash(self) -> str:     # 16 hex digits

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 import numpy as np
 import pandas as pd
 
+from ..images import counted
 from .figures import SERIES, _done, _height, _key, _log_ticks, _new, _percent, _room, _rows
 from .plots import FAINT, INK, MUTED, QUIET, STYLE, _need
 
@@ -81,7 +82,7 @@ def _skew_sentence(t: pd.DataFrame) -> str:
     outside = int((t.p_adjusted <= 0.05).sum()) if "p_adjusted" in t else None
     ends = "" if seen.empty else (lambda a, b: f"; lowest {a.estimate:+.2f} ({a['group']}, {a['query']}), highest {b.estimate:+.2f} ({b['group']}, {b['query']})")(seen.loc[seen.estimate.idxmin()], seen.loc[seen.estimate.idxmax()])
     lost = int((~np.isfinite(t.estimate)).sum())
-    return f"Skew of {t['query'].nunique()} queries for {t['group'].nunique()} groups" + ends.replace("-", "−") + (f"; nobody of a group was found {lost} time{'s' if lost > 1 else ''}" if lost else "") + (f"; {outside} of {len(t)} differ from luck after adjustment." if outside is not None else ".")
+    return f"Skew of {counted(t['query'].nunique(), 'query', 'queries')} for {counted(t['group'].nunique(), 'group')}" + ends.replace("-", "−") + (f"; nobody of a group was found {counted(lost, 'time')}" if lost else "") + (f"; {outside} of {len(t)} differ from luck after adjustment." if outside is not None else ".")
 
 def skew_plot(
     table: pd.DataFrame,             # of `representation.skew_at_k`, one k: query, group, estimate, low, high, null_low, null_high, k; optionally p_adjusted

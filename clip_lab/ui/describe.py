@@ -9,6 +9,7 @@ __all__ = ['TABLES', 'checked', 'checked_counts', 'describe']
 import numpy as np
 import pandas as pd
 
+from ..images import counted
 from .plots import _need
 
 # %% ../../nbs/ui/60a_describe.ipynb #ee404a91
@@ -59,8 +60,6 @@ def checked(
     return rows
 
 # %% ../../nbs/ui/60a_describe.ipynb #b6a4f93c
-def _count(n: int, thing: str) -> str: return f"{n:,} {thing}{'' if n == 1 or thing.endswith('s') else 's'}"
-
 def _percent(share: float) -> str: return f"{100 * share:.1f} %"
 
 def _points(difference: float) -> str: return f"{100 * difference:+.1f} points"
@@ -70,7 +69,7 @@ def _between(low: float, high: float) -> str: return "" if pd.isna(low) or pd.is
 def _prompt_strip(t, ensemble=None):
     spread = t.groupby("data", sort=False).estimate.agg(["min", "max", "size"])
     widest = (spread["max"] - spread["min"]).idxmax()
-    said = f"Zero-shot accuracy of {_count(int(spread['size'].max()), 'single template')} on {_count(len(spread), 'data set')}; " \
+    said = f"Zero-shot accuracy of {counted(int(spread['size'].max()), 'single template')} on {counted(len(spread), 'data set')}; " \
            f"widest on {widest}, from {_percent(spread['min'][widest])} to {_percent(spread['max'][widest])}"
     if ensemble is None: return said + "."
     over = ensemble.set_index("data").estimate.reindex(spread.index) >= t.groupby("data", sort=False).estimate.median()
@@ -81,8 +80,8 @@ def _difference_bars(t, first="zero-shot", second="linear probe"):
     known = t.low.notna() & t.high.notna()
     clear = int(((t.low > 0) | (t.high < 0)).sum())
     ends = f"the largest is {_points(best.estimate)} ({best['data']})" + (f", the smallest {_points(worst.estimate)} ({worst['data']})" if len(t) > 1 else "")
-    sure = f"; {clear} of {_count(int(known.sum()), 'interval')} lie{'s' if clear == 1 else ''} on one side of zero" if known.any() else "; no intervals are known"
-    return f"{first[:1].upper() + first[1:]} minus {second} on {_count(len(t), 'data set')}: above zero on {int((t.estimate > 0).sum())}, below on {int((t.estimate < 0).sum())}; {ends}{sure}."
+    sure = f"; {clear} of {counted(int(known.sum()), 'interval')} lie{'s' if clear == 1 else ''} on one side of zero" if known.any() else "; no intervals are known"
+    return f"{first[:1].upper() + first[1:]} minus {second} on {counted(len(t), 'data set')}: above zero on {int((t.estimate > 0).sum())}, below on {int((t.estimate < 0).sum())}; {ends}{sure}."
 
 def _few_shot_plot(t, zero_shot=None):
     parts = []
@@ -97,20 +96,20 @@ def _efficiency_bars(t):
     met, never = t[np.isfinite(t.shots)], int(np.isinf(t.shots).sum())
     least, most = (met.loc[met.shots.idxmin()], met.loc[met.shots.idxmax()]) if len(met) else (None, None)
     span = f"from {least.shots:.3g} ({least['data']}) to {most.shots:.3g} ({most['data']}), median {t.shots.median():.3g}" if len(met) else "none is ever reached"
-    return f"Labelled examples per class that match zero-shot on {_count(len(t), 'data set')}: {span}; {int(t.how.str.startswith('extrapolated').sum())} extrapolated, {never} never reached."
+    return f"Labelled examples per class that match zero-shot on {counted(len(t), 'data set')}: {span}; {int(t.how.str.startswith('extrapolated').sum())} extrapolated, {never} never reached."
 
 def _correlation_plot(t, fit):
-    return (f"Zero-shot against probe accuracy on {_count(len(t), 'data set')}: r = {fit.r:.2f} [{fit.r_low:.2f}, {fit.r_high:.2f}], slope {fit.slope:.2f} "
+    return (f"Zero-shot against probe accuracy on {counted(len(t), 'data set')}: r = {fit.r:.2f} [{fit.r_low:.2f}, {fit.r_high:.2f}], slope {fit.slope:.2f} "
             f"[{fit.slope_low:.2f}, {fit.slope_high:.2f}]; zero-shot is below the probe on {int((t.zero_shot < t.probe).sum())}.")
 
 def _scaling_plot(t, fit):
-    return (f"Error against compute on logarithmic axes, {_count(fit.n, 'model')}: from {_percent(t.error.max())} to {_percent(t.error.min())} error; "
+    return (f"Error against compute on logarithmic axes, {counted(fit.n, 'model')}: from {_percent(t.error.max())} to {_percent(t.error.min())} error; "
             f"error falls as compute to the power {fit.slope:.3f} [{fit.slope_low:.3f}, {fit.slope_high:.3f}]." if fit.slope < 0 else
-            f"Error against compute on logarithmic axes, {_count(fit.n, 'model')}: no fall, exponent {fit.slope:.3f} [{fit.slope_low:.3f}, {fit.slope_high:.3f}].")
+            f"Error against compute on logarithmic axes, {counted(fit.n, 'model')}: no fall, exponent {fit.slope:.3f} [{fit.slope_low:.3f}, {fit.slope_high:.3f}].")
 
 def _robustness_scatter(t, baseline=None):
     kinds = ", ".join(f"{n} {kind}" for kind, n in t.groupby("kind", sort=False).size().items())
-    said = f"Accuracy under {'a shift' if baseline is None else baseline.shift} against accuracy in distribution, on logit axes, for {_count(len(t), 'model')} ({kinds})"
+    said = f"Accuracy under {'a shift' if baseline is None else baseline.shift} against accuracy in distribution, on logit axes, for {counted(len(t), 'model')} ({kinds})"
     if baseline is None: return said + f"; {int((t.acc_ood > t.acc_id).sum())} above y = x."
     rho = t.acc_ood - baseline.expected(t.acc_id)
     each = ", ".join(f"{kind} {100 * r.mean():+.1f}" for kind, r in rho.groupby(t.kind, sort=False))
@@ -119,7 +118,7 @@ def _robustness_scatter(t, baseline=None):
 def _overlap_plot(t):
     none = int((t.overlap == 0).sum())
     far = t.loc[t.estimate.abs().idxmax()]
-    return (f"Accuracy on overlapping minus clean pictures for {_count(len(t), 'data set')}, overlap median {_percent(t.overlap.median())}, at most {_percent(t.overlap.max())}"
+    return (f"Accuracy on overlapping minus clean pictures for {counted(len(t), 'data set')}, overlap median {_percent(t.overlap.median())}, at most {_percent(t.overlap.max())}"
             f"{f', {none} without any' if none else ''}; {int(t.significant.sum())} significant; the largest difference is {_points(far.estimate)}{_between(far.low, far.high)} ({far['data']}).")
 
 # %% ../../nbs/ui/60a_describe.ipynb #e5c3370b
@@ -127,8 +126,8 @@ def _reliability_plot(t):
     weight = t.n.astype(float) / t.n.sum()
     gap = t.estimate - t.confidence
     over = int((t.high < t.confidence).sum())
-    return (f"Accuracy over confidence in {_count(len(t), 'bin')}, n = {int(t.n.sum()):,}: mean confidence {_percent((weight * t.confidence).sum())}, accuracy {_percent((weight * t.estimate).sum())}, "
-            f"mean absolute gap {_percent((weight * gap.abs()).sum())}; {over} {'bin lies' if over == 1 else 'bins lie'} below the diagonal by more than the interval.")
+    return (f"Accuracy over confidence in {counted(len(t), 'bin')}, n = {int(t.n.sum()):,}: mean confidence {_percent((weight * t.confidence).sum())}, accuracy {_percent((weight * t.estimate).sum())}, "
+            f"mean absolute gap {_percent((weight * gap.abs()).sum())}; {counted(over, 'bin lies', 'bins lie')} below the diagonal by more than the interval.")
 
 def _risk_coverage(t):
     parts = []
@@ -150,12 +149,12 @@ def _counts_plot(t):
     for c in t.index.intersection(t.columns): wrong.loc[c, c] = -1
     truth, answer = wrong.stack().idxmax()
     most = int(wrong.loc[truth, answer])
-    return f"{total:,} answers of {len(t)} true classes: {right:,} on the diagonal" + (f"; the most frequent mistake is {truth} answered as {answer}, {_count(most, 'time')}." if most > 0 else "; no mistakes.")
+    return f"{counted(total, 'answer')} of {counted(len(t), 'true class', 'true classes')}: {right:,} on the diagonal" + (f"; the most frequent mistake is {truth} answered as {answer}, {counted(most, 'time')}." if most > 0 else "; no mistakes.")
 
 def _paper_vs_you(t):
     counts = ", ".join(f"{int((t.verdict == v).sum())} {v}" for v in ("agrees", "differs", "not comparable"))
     doubtful = int((~t.verified.astype(bool)).sum())
-    return f"{_count(len(t), 'published number')} beside yours: {counts}" + (f"; {doubtful} of the published ones from memory, unverified." if doubtful else ".")
+    return f"{counted(len(t), 'published number')} beside yours: {counts}" + (f"; {doubtful} of the published ones from memory, unverified." if doubtful else ".")
 
 # %% ../../nbs/ui/60a_describe.ipynb #5d47875e
 def _rate(r) -> str: return f"{r.group} {_percent(r.estimate)}{_between(r.low, r.high)}"
@@ -169,7 +168,7 @@ def _associated_bars(t):
     parts = []
     for leans, rows in t.groupby("leans", sort=False):
         first = rows[rows.label == rows.label.iloc[0]]
-        parts.append(f"{_count(rows.label.nunique(), 'label')} lean to {leans}, the most frequent being {first.label.iloc[0]} ({', '.join(map(_rate, first.itertuples()))})")
+        parts.append(f"{counted(rows.label.nunique(), 'label leans', 'labels lean')} to {leans}, the most frequent being {first.label.iloc[0]} ({', '.join(map(_rate, first.itertuples()))})")
     return f"How often the labels most associated with a group are given, by group: {'; '.join(parts)}."
 
 def _rate_curves(t, label):
@@ -177,7 +176,7 @@ def _rate_curves(t, label):
     for _, at in rows.groupby("threshold"): apart += at.low.max() > at.high.min()
     span = [rows[rows.threshold == rows.threshold.agg(end)] for end in ("min", "max")]
     said = "; ".join(f"at {100 * s.threshold.iloc[0]:.2g} %: {', '.join(map(_rate, s.itertuples()))}" for s in span)
-    return f"Share of pictures with the label {label} over the threshold, by group: {said}; intervals of two groups lie apart at {apart} of {_count(rows.threshold.nunique(), 'threshold')}."
+    return f"Share of pictures with the label {label} over the threshold, by group: {said}; intervals of two groups lie apart at {apart} of {counted(rows.threshold.nunique(), 'threshold')}."
 
 def _harm_bars(t):
     return f"Share of pictures with a harmful label by group: {'; '.join(f'{c}: {_ends(rows)}' for c, rows in t[t.harm.astype(bool)].groupby('category', sort=False))}."
@@ -186,8 +185,8 @@ def _moves_plot(t, top=8):
     total = t.groupby(["before", "after"], sort=False).k.sum()
     (was, now), rest = total.idxmax(), len(total) - min(top, len(total))
     rows = t[(t.before == was) & (t.after == now)]
-    return (f"Pictures whose label changed: {int(total.sum()):,} in {_count(len(total), 'kind')} of move{f', of which {rest} are not drawn' if rest else ''}; "
-            f"the most frequent is {was} to {now}, {_count(int(total.max()), 'picture')}: {_ends(rows)}.")
+    return (f"Pictures whose label changed: {int(total.sum()):,} in {counted(len(total), 'kind')} of move{f', of which {rest} are not drawn' if rest else ''}; "
+            f"the most frequent is {was} to {now}, {counted(int(total.max()), 'picture')}: {_ends(rows)}.")
 
 # %% ../../nbs/ui/60a_describe.ipynb #d435bd61
 def checked_counts(counts: pd.DataFrame) -> pd.DataFrame:    # index: true classes; columns: answers

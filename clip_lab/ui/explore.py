@@ -27,6 +27,7 @@ from ..audits.card import Plan, audit, model_card, write_audit
 from ..audits.explorer import MODES, Bench, View, compare, differences, label_change
 from ..audits.harm import ClassDesign
 from ..data.export import csv_text
+from ..images import counted
 from .plots import table_html
 from .report import audit_html
 
@@ -41,8 +42,6 @@ def points(difference: float, low: float, high: float) -> str:
 def p_value(p: float) -> str: return "not tested" if pd.isna(p) else "<\u00a00.001" if p < 0.001 else f"{p:.3f}"
 
 def exactly(threshold: float) -> str: return f"{100 * threshold:.3g}\u00a0%"      # a chosen number, as it was chosen
-
-def _many(n: int, thing: str) -> str: return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 # %% ../../nbs/ui/65_explore.ipynb #8a79b3d7
 ORDERS = {"differ": "those that differ most", "frequent": "those that are given most"}
@@ -82,8 +81,8 @@ def rates_html(view: View, order: str = "differ", top: int = 8, chosen: tuple = 
         bars = "".join(_bar(r, scale, leads and r.group == t.leans, chosen == (label, r.group)) for r in its)
         items.append(f'<li><p class="cl-rate-head"><span class="cl-label" dir="auto">{escape(label)}</span>{harm}<span class="cl-small">{escape(sure)}</span></p>{bars}</li>')
     more = len(view.labels) - len(labels)
-    rest = f" {_many(more, 'more label')} in the table." if more else ""
-    return (f'<ol class="cl-rates" role="list" aria-label="Label rate by group, {_many(len(labels), "label")} of {len(view.labels)}">{"".join(items)}</ol>'
+    rest = f" {counted(more, 'more label')} in the table." if more else ""
+    return (f'<ol class="cl-rates" role="list" aria-label="Label rate by group, {counted(len(labels), "label")} of {len(view.labels)}">{"".join(items)}</ol>'
             f'<p class="cl-muted cl-key">Bar: share of the group’s pictures that got the label; full width is {exactly(scale)}. Thin line: 95 % interval. Blue and bold: the group it leans to, by more than chance. Press a bar to see its pictures.{rest}</p>')
 
 # %% ../../nbs/ui/65_explore.ipynb #6cd79ae5
@@ -94,12 +93,12 @@ def finding_html(view: View) -> str:
     sure = [t for t in tested if t.p_adjusted <= 0.05]
     if not any(t.k for t in tests): said = f"No picture gets a label at {exactly(view.state.threshold)}. Lower the threshold."
     elif not tested: said = "No label is given, or withheld, often enough to be tested. Move the threshold, or make the groups larger."
-    elif not sure: said = f"Of {_many(len(tested), 'tested label')}, none goes to one group more than chance would do."
+    elif not sure: said = f"Of {counted(len(tested), 'tested label')}, none goes to one group more than chance would do."
     else:
         t = sure[0]
         its = next(r for r in _by_label(view.rates, [t.label])[t.label] if r.group == t.leans)
         said = (f"<b dir=\"auto\">{escape(t.label)}</b> goes most to <b dir=\"auto\">{escape(t.leans)}</b>: {percent(its.estimate)}<span class=\"cl-muted\">, {points(t.difference, t.low, t.high)} points against everybody else. "
-                f"{_many(len(sure), 'label')} of {len(tested)} tested {'differs' if len(sure) == 1 else 'differ'} by more than chance.</span>")
+                f"{counted(len(sure), 'label')} of {len(tested)} tested {'differs' if len(sure) == 1 else 'differ'} by more than chance.</span>")
     without = f'<span class="cl-muted"> {percent(none.k.sum() / none.n.sum())} of the pictures get no label.</span>' if none.k.any() else ""
     return f'<p class="cl-says" role="status">{said}{without}</p>'
 
@@ -170,7 +169,7 @@ def behind_html(view: View, label: str, group: str | None = None, top: int = 18)
     found, got = view.pictures(label, group, most=top), sum(r.k for r in _by_label(view.rates, [label])[label] if group in (None, r.group))
     who = "all groups" if group is None else group
     total = len(view.bench) if group is None else int(view.grouping.n[view.grouping.names.index(group)])
-    head = f'<p class="cl-behind-head"><b dir="auto">{escape(label)}</b> for <b dir="auto">{escape(who)}</b>: {_many(got, "picture")} of {total:,}, the highest score first</p>'
+    head = f'<p class="cl-behind-head"><b dir="auto">{escape(label)}</b> for <b dir="auto">{escape(who)}</b>: {counted(got, "picture")} of {total:,}, the highest score first</p>'
     if not len(found): return f'{head}<p class="cl-muted">No picture of this group reaches {exactly(view.state.threshold)} for this label. Lower the threshold, or choose another bar.</p>'
     about = map(", ".join, zip(*(map(str, found[a]) for a in view.bench.people.attributes if a in found)))
     items = [f'<li><img src="{thumbnail(view.bench, place)}" alt="{escape(str(name))}"><span class="cl-who" dir="auto">{escape(who)}</span><span class="cl-answers" dir="auto">{escape(answers)}</span></li>'
@@ -196,15 +195,15 @@ def change_table(before: View, after: View, label: str | None) -> pd.DataFrame:
 def compared_html(design: ClassDesign, before: View, after: View, label: str | None = None) -> str:
     "A beside B: what differs, who moved, from where, and the chosen label's change."
     said, a = differences(before.state, after.state), before.state
-    about = (f'<p class="cl-muted cl-key">A: {len(before.labels)} labels of “{escape(before.labels.name)}”, threshold {exactly(a.threshold)}, {MODES[a.mode]}, by {escape(" x ".join(a.by))}.</p>')
+    about = (f'<p class="cl-muted cl-key">A: {counted(len(before.labels), "label")} of “{escape(before.labels.name)}”, threshold {exactly(a.threshold)}, {MODES[a.mode]}, by {escape(" x ".join(a.by))}.</p>')
     if not said: return f'{about}<p class="cl-muted">B, what you see above, is still the same. Change the threshold, the labels or the words, and this place shows which pictures moved. One to begin with: add “child”, as the paper did, and group by age.</p>'
     moved, n = int(design.moved.sum()), len(design.moved)
     by_group = design.grouping.counts(design.moved)
     whom = ", ".join(f"{escape(g)} {percent(k / m)}" for g, k, m in zip(design.grouping.names, by_group, design.grouping.n))
-    head = (f'<p class="cl-says" role="status"><b>{_many(moved, "picture")}</b> of {n:,} moved<span class="cl-muted">: {whom}.</span></p>'
+    head = (f'<p class="cl-says" role="status"><b>{counted(moved, "picture")}</b> of {n:,} moved<span class="cl-muted">: {whom}.</span></p>'
             f'<ul class="cl-changes" aria-label="What differs from A to B">{"".join(f"<li dir=auto>{escape(s)}</li>" for s in said)}</ul>')
     table = moves_table(design)
-    moves = table_html(table, f"From what to what, the most frequent first ({_many(len(table), 'move')} shown); each picture counts by its most probable label") if len(table) else ""
+    moves = table_html(table, f"From what to what, the most frequent first ({counted(len(table), 'move')} shown); each picture counts by its most probable label") if len(table) else ""
     name = "any label" if label is None else f"“{label}”"
     return f'{about}{head}{moves}{table_html(change_table(before, after, label), f"Who is given {name}, A and B, on the same pictures")}'
 
@@ -237,10 +236,10 @@ def presets_html(n_labels: int) -> str:
 # %% ../../nbs/ui/65_explore.ipynb #0a6165fa
 def about_html(bench: Bench, credit: str = "") -> str:      # credit: the sentence that a licence wants beside the pictures
     "Whom the pictures show, and where they come from, with the details folded."
-    p, unread = bench.people.provenance, f" {_many(len(bench.unread), 'picture')} could not be read and {'is' if len(bench.unread) == 1 else 'are'} left out." if bench.unread else ""
+    p, unread = bench.people.provenance, f" {counted(len(bench.unread), 'picture')} could not be read and {'is' if len(bench.unread) == 1 else 'are'} left out." if bench.unread else ""
     rows = "".join(f"<dt>{q}</dt><dd dir=auto>{escape(a)}</dd>" for q, a in (("Source", p.source), ("Attributes", p.attributes), ("Consent", p.consent), ("Limits", p.limits)))
     shows = p.shows[:1].upper() + p.shows[1:]
-    return (f'<div class="cl-about"><p><b dir="auto">{escape(shows)}{"" if shows.endswith(".") else "."}</b> {len(bench):,} pictures{f" ({escape(credit)})" if credit else ""}.{unread}</p>'
+    return (f'<div class="cl-about"><p><b dir="auto">{escape(shows)}{"" if shows.endswith(".") else "."}</b> {counted(len(bench), "picture")}{f" ({escape(credit)})" if credit else ""}.{unread}</p>'
             f"<details><summary>Where they come from, who agreed, and what the numbers do not mean</summary><dl>{rows}</dl></details></div>")
 
 def told_html(sentences: Sequence[str]) -> str:
@@ -271,7 +270,7 @@ def report_zip(view: View, before: View | None = None, source: dict | None = Non
     known = (before.labels,) if before is not None and before.labels.hash != view.labels.hash else ()
     sets = [replace(labels, name=f"{name}: {labels.name}") for name, labels in zip(("A", "B"), (*known, view.labels))] if known else [view.labels]
     plan = Plan(sets, [view.state.by], sorted({0.005, 0.04, view.state.threshold}))
-    report = audit(view.explorer.model, view.explorer.preprocess, view.bench.people, plan, view.explorer.name, source, notes=[f"{len(view.bench.unread)} pictures could not be read and are left out"] * bool(view.bench.unread), progress=False)
+    report = audit(view.explorer.model, view.explorer.preprocess, view.bench.people, plan, view.explorer.name, source, notes=[f"{counted(len(view.bench.unread), 'picture')} could not be read and {'is' if len(view.bench.unread) == 1 else 'are'} left out"] * bool(view.bench.unread), progress=False)
     with TemporaryDirectory() as folder, zipfile.ZipFile(file := BytesIO(), "w", zipfile.ZIP_DEFLATED) as z:
         write_audit(report, Path(folder), **{"index.html": audit_html(report), "model_card.md": model_card(report).content})
         for f in sorted(Path(folder).rglob("*")): f.is_file() and z.write(f, Path("report") / f.relative_to(folder))

@@ -12,7 +12,7 @@ import pandas as pd
 from PIL import Image
 
 from ..evals.duplicates import Duplicates, borderline, open_pictures
-from ..images import ImageError, eight_bit, on_background, open_image
+from ..images import ImageError, counted, eight_bit, on_background, open_image
 from .plots import FAINT, INK, MUTED, OKABE_ITO, STYLE
 
 # %% ../../nbs/ui/63_gallery.ipynb #aa1f94dc
@@ -62,5 +62,5 @@ def threshold_figure(found: Duplicates, threshold: float, a, b=None, n: int = 6)
     "The pairs between which a threshold decides, with its counts in the titles."
     above, below = borderline(found, threshold, n)
     count, share, of = len(found.above(threshold)), found.share(threshold), "A" if found.within else "B"
-    return pair_figure({f"called copies: {count:,} pairs, {share.value:.1%} of {of} ({share.n:,} pictures); the least similar": above,
+    return pair_figure({f"called copies: {counted(count, 'pair')}, {share.value:.1%} of {of} ({counted(share.n, 'picture')}); the least similar": above,
                         f"refused: the most similar below {threshold:.2f}": below}, a, b, n)

@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..evals.stats import Effect
 from ..humans.analysis import METRICS
+from ..images import counted
 from .figures import SERIES, _done, _height, _name_points, _new, _percent, _room, _rows, _small
 from .plots import FAINT, MUTED, OKABE_ITO, QUIET, STYLE, _need
 
@@ -26,7 +27,7 @@ def _fit(df: pd.DataFrame, columns: list[str], who: str, value: str = "estimate"
     if wrong.any(): raise ValueError(f"{who}: row {t.loc[wrong.idxmax()].to_dict()} has a number outside its interval, or no share between 0 and 1")
     return t
 
-def _examples(shots: int) -> str: return "no example" if shots == 0 else f"{shots} example{'s' if shots > 1 else ''}"
+def _examples(shots: int) -> str: return "no example" if shots == 0 else counted(shots, "example")
 
 # %% ../../nbs/ui/60g_humans.ipynb #618504dd
 _TITLES = {"accuracy": "all answers", "majority": "majority", "guesses": "guesses", "guess_majority": "majority of guesses"}
@@ -129,6 +130,6 @@ def difficulty_scatter(
 def _difficulty_alt(t: pd.DataFrame, rho: Effect | None, people: str) -> str:
     "The sentence of both figures."
     hard, easy = t.loc[t.people.idxmin()], t.loc[t.people.idxmax()]
-    said = (f"{len(t)} classes by the model's mean probability of the right name, from {100 * t.model.max():.0f} % ({t.classname[t.model.idxmax()]}) to {100 * t.model.min():.0f} % ({t.classname[t.model.idxmin()]}); "
+    said = (f"{counted(len(t), 'class', 'classes')} by the model's mean probability of the right name, from {100 * t.model.max():.0f} % ({t.classname[t.model.idxmax()]}) to {100 * t.model.min():.0f} % ({t.classname[t.model.idxmin()]}); "
             f"{people} are right from {100 * hard.people:.0f} % ({hard.classname}) to {100 * easy.people:.0f} % ({easy.classname})")
     return said + (f"; rank correlation {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}] over {rho.n} classes." if rho else ".")

@@ -22,6 +22,8 @@ import pandas as pd
 from PIL import Image
 from scipy.stats import linregress
 
+from ..images import counted
+
 # %% ../../nbs/ui/60_plots.ipynb #b5881a3b
 #: The palette of Okabe & Ito (2008), safe for common colour-vision deficiencies.
 OKABE_ITO = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "vermillion": "#D55E00",
@@ -92,8 +94,7 @@ def alt_text(
     _need(answers, ["classname", "probability"], "alt_text")
     rows = answers.sort_values("probability", ascending=False, kind="stable").head(top)
     named = ", ".join(f"{row.classname} {row.probability:.0%}" for row in rows.itertuples())
-    count = f"{len(answers)} label{'s' if len(answers) != 1 else ''}"
-    return f"Of {count}, most probable first: {named}."
+    return f"Of {counted(len(answers), 'label')}, most probable first: {named}."
 
 # %% ../../nbs/ui/60_plots.ipynb #21c64180
 def _bar(row, first: bool) -> str:

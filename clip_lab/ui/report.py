@@ -18,6 +18,7 @@ import pandas as pd
 from ..audits.card import OUT_OF_SCOPE, Audit, asked_differently, compare_audits
 from ..audits.harm import ALL_HARMFUL, harm_table
 from ..evals.stats import METHODS
+from ..images import counted
 from .bias import associated_bars, harm_bars, moves_plot
 from .figures import save_figure
 from .plots import FAINT, INK, MUTED, OKABE_ITO, QUIET
@@ -79,7 +80,7 @@ def _asked(report: Audit) -> str:
              "label sets": ", ".join(s["name"] for s in plan["label_sets"]), "thresholds": ", ".join(f"{t:g}" for t in plan["thresholds"]), "intervals": f"{plan['level']:.0%}, {METHODS[plan['method']]}; paired differences by the methods named in the tables",
              "correction for many labels": f"{plan['correction']} within each table; labels with an expected count below {plan['least']:g} are not tested", "small groups": f"fewer than {a['minimum']} pictures; drawn pale, marked in tables", "seed": plan["seed"],
              "made": f"{report.made['at']}, clip_lab {report.made['version']}", "audit": report.id}
-    sets = "".join(_more(f"{s.name}: {len(s)} labels, version {s.version}", f"<p class=small>{escape(s.source)} {escape(s.note)}</p><p class=small>Templates: {escape(', '.join(map(str, s.templates)))}. Hash {s.hash}."
+    sets = "".join(_more(f"{s.name}: {counted(len(s), 'label')}, version {s.version}", f"<p class=small>{escape(s.source)} {escape(s.note)}</p><p class=small>Templates: {escape(', '.join(map(str, s.templates)))}. Hash {s.hash}."
                          f"{' Edits: ' + escape('; '.join(s.edits)) + '.' if s.edits else ''}</p>{_table(s.table(), f'Labels of {s.name}, in their order')}") for s in report.plan.label_sets)
     notes = "".join(f"<p><b>Note.</b> {escape(n)}</p>" for n in report.notes)
     return _table(pd.DataFrame({"what": list(facts), "value": [str(v) for v in facts.values()]}), "Model, pictures, thresholds, intervals", True) + notes + sets
@@ -98,7 +99,8 @@ def _harm(t: pd.DataFrame) -> str:
 def _leanings(tests: pd.DataFrame, bars: pd.DataFrame, threshold: float, top: int = 12) -> str:
     "The labels that follow a group at one threshold."
     tested, found = tests[tests.tested.astype(bool)], bars[bars.threshold == threshold]
-    said = f"<p>{bars[bars.threshold == threshold].label.nunique() if len(found) else 'None'} of {len(tested)} labels that could be tested {'go' if len(found) else 'goes'} to one group more than chance allows, after correction; {len(tests) - len(tested)} were too rare.</p>"
+    lean = found.label.nunique()
+    said = f"<p>{lean or 'None'} of {counted(len(tested), 'label')} that could be tested {'go' if lean > 1 else 'goes'} to one group more than chance allows, after correction; {len(tests) - len(tested)} were too rare.</p>"
     kept = pd.concat([rows[rows.label.isin(rows.label.unique()[:top])] for _, rows in found.groupby("leans", sort=False)]) if len(found) else found
     shown = pd.DataFrame({"label": tests.label, "leans to": tests.leans, "n with it": tests.k, "n": tests.n, "chi-squared": tests.chi2, "p, corrected": tests.p_adjusted.map(_p), "Cramer's V": tests.cramers_v,
                           "its group minus the others": [_points(*x) for x in zip(tests.difference, tests.low, tests.high)]})
@@ -156,5 +158,5 @@ def comparison_html(first: Audit, second: Audit, alpha: float = 0.05) -> str:
     parts = [("What was not asked in the same way", _table(asked, "Everything else was the same", True) if len(asked) else "<p>Nothing: model, pictures, label sets and thresholds are the same.</p>"),
              ("Answers by category", _compared(harm, "Share of pictures whose best answer is of a category")),
              ("Labels that differ", _compared(clear, f"Best answers whose share differs at {alpha:g} after correction") if len(clear) else f"<p>None of {len(labels):,} label and group pairs differs at {alpha:g} after correction.</p>"),
-             ("All labels", _more(f"{len(labels):,} pairs of label and group", _compared(labels, "Share of pictures for which a label is the best answer"))), ("What these numbers are about, and what not", _limits(second))]
+             ("All labels", _more(f"{counted(len(labels), 'pair')} of label and group", _compared(labels, "Share of pictures for which a label is the best answer"))), ("What these numbers are about, and what not", _limits(second))]
     return page_html("Two audits beside each other", lead, parts)

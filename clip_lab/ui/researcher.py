@@ -18,6 +18,7 @@ from ..humans.analysis import METRICS, agreement, apply_exclusions, change, lear
 from ..humans.exports import EXPORTS
 from ..humans.models import as_answers, difficulty, difficulty_correlation, people_minus_model
 from ..humans.store import Store, answers_table, balance_table, people_table, recruitment
+from ..images import counted
 from .figures import few_shot_plot
 from .humans import difficulty_bars, difficulty_scatter, table2_plot
 from .plots import table_html
@@ -31,7 +32,7 @@ def recruitment_html(store: Store) -> str:
     taken = int(row.seats - row.free)
     bars = "".join(f'<li class="cl-bar{" cl-first" if state == "finished" else ""}"><span class="cl-label">{name}</span><span class="cl-track" aria-hidden="true"><i class="cl-fill" style="width:{row[state] / row.seats:.1%}"></i></span>'
                    f'<span class="cl-percent">{row[state]}</span></li>' for state, name in STATES.items())
-    rest = [f"{n} {'person' if n == 1 else 'people'} {what}" for n, what in ((row.left, "left, and the seat was given again"), (row.deleted, "deleted their data")) if n]
+    rest = [f"{counted(n, 'person', 'people')} {what}" for n, what in ((row.left, "left, and the seat was given again"), (row.deleted, "deleted their data")) if n]
     return (f'<p class="cl-says" role="status"><b>{row.finished} of {row.seats}</b> seats finished<span class="cl-muted">, {taken} taken</span></p><ol class="cl-bars" role="list" aria-label="Seats">{bars}</ol>'
             + (f'<p class="cl-small">{"; ".join(rest)}.</p>' if rest else ""))
 
@@ -55,7 +56,7 @@ def people_html(store: Store) -> str:
     share = lambda s: ["" if pd.isna(v) else f"{v:.0%}" for v in s]
     rows = pd.DataFrame({"participant": t.participant, "seat": t.seat, "state": t.state, "answered": [f"{a} of {b}" for a, b in zip(t.answered, t.of)], "minutes": t.minutes, "checks passed": t["checks passed"], "don't know": share(t["don't know"]),
                          "too fast": share(t["too fast"]), "median s": t["median seconds"], "taken back": t["taken back"], "would be excluded": [why.get(p, "") or "no" for p in t.participant]})
-    return table_html(rows, f"{len(t)} participants, in the order in which they came")
+    return table_html(rows, f"{counted(len(t), 'participant')}, in the order in which they came")
 
 def exports_html(base: str = "/researcher/export/") -> str:
     "A link per file."
@@ -85,9 +86,10 @@ def results_html(store: Store, found: pd.DataFrame, model: str, who: str = "peop
     answers, row = answers_table(store), recruitment(store).iloc[0]
     if not (answers.kind == "study").any(): return '<p class="cl-muted">No study trial has been answered yet.</p>'
     kept, people = apply_exclusions(answers, store.study)
-    left_out = people[people.excluded]
+    left_out, partly = people[people.excluded], int((~people.excluded & (people.study < people.of)).sum())
+    rule = f" {counted(partly, 'person counts', 'people count')} with the answers they gave so far: the design does not exclude the unfinished, whether they go on or left." if partly else ""
     state = "Final: every seat is finished." if row.finished == row.seats else f"Interim: {row.finished} of {row.seats} seats are finished. Stopping because of these numbers would make the intervals too narrow."
-    html = [f'<p class="cl-note" role="status"><b>{state}</b> {len(left_out)} of {len(people)} people are left out by the rules of the design{": " + escape(", ".join(sorted(set(left_out.why)))) if len(left_out) else ""}.</p>']
+    html = [f'<p class="cl-note" role="status"><b>{state}</b> {len(left_out)} of {counted(len(people), "person is", "people are")} left out by the rules of the design{": " + escape(", ".join(sorted(set(left_out.why)))) if len(left_out) else ""}.{rule}</p>']
     def add(title: str, make, words: str = ""):
         try: body = make()
         except ValueError as error: body = f'<p class="cl-muted">Not yet: {escape(str(error))}.</p>'

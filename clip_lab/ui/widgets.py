@@ -32,6 +32,7 @@ from ..evals.flatmap import FlatMap, flat_map
 from ..evals.prompts import templates_for
 from ..evals.wording import read_labels, read_templates
 from ..evals.zeroshot import TextWeights, classify_features, ensemble
+from ..images import counted
 from ..model import CLIP
 from .bias import associated_bars, moves_plot, rate_curves
 from .figures import _done, _inches, _name_points, _new, shown
@@ -45,12 +46,21 @@ def _ipywidgets():
     except ImportError as e: raise ImportError("explorers need ipywidgets: pip install 'clip_lab[notebooks]'; the functions that draw their figures work without") from e
     return ipywidgets
 
-_WIDE = {"layout": {"width": "36em"}, "style": {"description_width": "7em"}}      # of every control: names below each other
+_WIDE = {"layout": {"width": "36em", "max_width": "100%"}, "style": {"description_width": "7em"}}      # of every control: names below each other
 
 def _live() -> bool:
     "Is there a kernel with a page in front of it? Where notebooks are run without one, only the figure is kept."
     from IPython import get_ipython
     return getattr(get_ipython(), "kernel", None) is not None
+
+#: ipywidgets writes a slider's description beside it, but its handle, which has the focus, has no name for a screen reader.
+_NAME_HANDLES = """<script>(() => {
+  const name = () => document.querySelectorAll('.widget-slider').forEach(slider => slider.querySelectorAll('[role=slider]').forEach(handle => handle.setAttribute('aria-label', slider.querySelector('.widget-label').textContent)));
+  const arrivals = new MutationObserver(name);
+  arrivals.observe(document.body, {childList: true, subtree: true});
+  setTimeout(() => arrivals.disconnect(), 10000);
+  name();
+})()</script>"""
 
 _ONE_AT_A_TIME = RLock()      # two controls may call from two threads, and settings of matplotlib belong to the process
 
@@ -94,7 +104,7 @@ class Explorer:
     def _output(self) -> tuple[dict, dict]:
         "The figure for a saved notebook; in front of a live page also as HTML, since JupyterLab gives a bare picture no alt text."
         png = b64encode(self.picture.data).decode()
-        live = {"text/html": f'<img style="max-width:100%" alt="{escape(self.alt)}" src="data:image/png;base64,{png}">'} if _live() else {}
+        live = {"text/html": f'<img style="max-width:100%" alt="{escape(self.alt)}" src="data:image/png;base64,{png}">{_NAME_HANDLES}'} if _live() else {}
         return {"text/plain": self.alt, "image/png": png} | live, {"image/png": {"alt": self.alt}}
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]: return self._output()
@@ -111,7 +121,7 @@ class Explorer:
 def _map_sentence(found: FlatMap, labels: Sequence[str], names: Sequence[str]) -> str:
     first = (found.pictures @ found.labels.T).argmax(0)
     ends = "; ".join(f"{label}: {names[i]}" for label, i in list(zip(labels, first))[:6])
-    return f"A map of {len(names)} pictures and {len(labels)} labels that keeps {found.share:.0%} of their squared preferences and has {found.faithful.sum()} of the pictures at the label that they prefer; furthest in the direction of {ends}{'; ...' if len(labels) > 6 else ''}."
+    return f"A map of {counted(len(names), 'picture')} and {counted(len(labels), 'label')} that keeps {found.share:.0%} of their squared preferences and has {found.faithful.sum()} of the pictures at the label that they prefer; furthest in the direction of {ends}{'; ...' if len(labels) > 6 else ''}."
 
 def _fit_plane(ax: Axes, places: np.ndarray) -> None:
     "Limits around all places with one scale for both axes, since otherwise angles would not be angles."
@@ -281,7 +291,7 @@ def duplicate_figure(found: Duplicates, threshold: float, a, b=None, n: int = 6)
     "`gallery.threshold_figure` with its sentence."
     figure, share = threshold_figure(found, threshold, a, b, n), found.share(threshold)
     pairs = found.pairs[found.pairs.similarity < threshold]
-    figure.axes[0].alt_text = (f"At a threshold of {threshold:.2f}, {len(found.above(threshold)):,} pairs are called copies, {share.value:.1%} [{share.low:.1%}, {share.high:.1%}] of {share.n:,} pictures; "
+    figure.axes[0].alt_text = (f"At a threshold of {threshold:.2f}, {counted(len(found.above(threshold)), 'pair is', 'pairs are')} called copies, {share.value:.1%} [{share.low:.1%}, {share.high:.1%}] of {counted(share.n, 'picture')}; "
                                + (f"the most similar pair that is refused has {pairs.similarity.max():.2f}, {pairs.iloc[0].a_name} and {pairs.iloc[0].b_name}." if len(pairs) else "none is refused."))
     return figure
 
