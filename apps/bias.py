@@ -1,7 +1,7 @@
 """Whom do the labels follow? Move the threshold, change the labels, and see for whom.
 
 Run with `python apps/bias.py`, or with `gradio apps/bias.py` while editing. Own pictures: upload a zip on the page, or start with
-`python apps/bias.py --data FOLDER --csv TABLE.csv --provenance ABOUT.yaml`. It listens on 127.0.0.1 only and sends nothing anywhere.
+`python apps/bias.py --data FOLDER --csv TABLE.csv --provenance ABOUT.yaml`. It listens on 127.0.0.1 unless --host opens it, and sends nothing anywhere.
 """
 import argparse
 from dataclasses import replace
@@ -9,7 +9,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from clip_lab.ui.theme import CSS, keep_quiet, launch_options, note_html, only_uploads
+from clip_lab.ui.theme import CSS, exposed, keep_quiet, launch_options, listening, note_html, only_uploads
 
 keep_quiet()
 
@@ -32,12 +32,11 @@ ASKED = {"shows": "Whom or what do the pictures show?", "source": "Where do they
          "limits": "What do numbers made with them not mean?"}
 OTHERS = {"0.5 %": 0.005, "4 %": 0.04, "10 %": 0.1, "25 %": 0.25}
 
-parser = argparse.ArgumentParser(description=QUESTION)
+parser = listening(argparse.ArgumentParser(description=QUESTION))
 parser.add_argument("--data", help="pictures to begin with: a folder or zip with its table, or a name as in `clip-lab audit`")
 parser.add_argument("--csv", help="the table of a folder, where it lies elsewhere")
 parser.add_argument("--provenance", help="a YAML file that answers " + ", ".join(ASKED) + "; without it, provenance.yaml in the folder")
 parser.add_argument("--model", default="emoji", help="a model that is on this machine; see `clip-lab models`")
-parser.add_argument("--port", type=int)
 options = parser.parse_args(None if __name__ == "__main__" else [])
 
 if gr.NO_RELOAD:        # editing this page reloads it in a second, without the weights
@@ -244,7 +243,8 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
 
 demo.queue(max_size=64, default_concurrency_limit=1)
 
-def launching(port=None): return launch_options(port) | {"css": CSS + EXPLORE_CSS, "max_file_size": "100mb"}
+def launching(port=None, host="127.0.0.1"): return launch_options(port, host) | {"css": CSS + EXPLORE_CSS, "max_file_size": "100mb"}
 
 if __name__ == "__main__":
-    demo.launch(**launching(options.port))
+    if told := exposed(options.host): print(told, flush=True)
+    demo.launch(**launching(options.port, options.host))

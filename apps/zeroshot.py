@@ -1,7 +1,8 @@
 """What is in this picture? Tell it what might be there, and watch it change its mind as you type.
 
-Run with `python apps/zeroshot.py`, with `gradio apps/zeroshot.py` while editing, or with `make demo`. It listens on 127.0.0.1 only and sends nothing anywhere.
+Run with `python apps/zeroshot.py`, with `gradio apps/zeroshot.py` while editing, or with `make demo`. It listens on 127.0.0.1 unless --host opens it, and sends nothing anywhere.
 """
+import argparse
 from dataclasses import replace
 import json
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 import tempfile
 from threading import Lock
 
-from clip_lab.ui.theme import keep_quiet, launch_options, note_html, picture_input
+from clip_lab.ui.theme import exposed, keep_quiet, launch_options, listening, note_html, picture_input
 
 keep_quiet()
 
@@ -177,4 +178,6 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
 demo.queue(max_size=64, default_concurrency_limit=1)
 
 if __name__ == "__main__":
-    demo.launch(**launch_options())
+    options = listening(argparse.ArgumentParser(description=QUESTION)).parse_args()
+    if told := exposed(options.host): print(told, flush=True)
+    demo.launch(**launch_options(options.port, options.host))

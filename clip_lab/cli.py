@@ -235,11 +235,11 @@ def demo(
 
 def _open_app(port: int):
     "Serve the zero-shot app until it is interrupted; without the app's file or Gradio, say how to get it."
-    import importlib.util, os, runpy
+    import importlib.util, runpy
     if (file := _app_file()) is None: return _say("the app is part of the repository; in a clone, run: python apps/zeroshot.py")
     if importlib.util.find_spec("gradio") is None: return _say("the app needs Gradio; run: pip install 'clip_lab[apps]'")
     print(f"\nOpening the app at http://127.0.0.1:{port} (Ctrl-C ends it).", flush=True)
-    os.environ["GRADIO_SERVER_PORT"] = str(port)
+    sys.argv = [str(file), "--port", str(port)]
     runpy.run_path(str(file), run_name="__main__")
 
 # %% ../nbs/70_cli.ipynb #357ad130

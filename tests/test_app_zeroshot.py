@@ -5,6 +5,7 @@ import importlib.util
 import os
 from pathlib import Path
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -13,12 +14,16 @@ import sys
 import time
 import urllib.request
 
+import httpx
 import pandas as pd
 from PIL import Image
 import pytest
 
 pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'clip_lab[apps]'")
+import gradio as gr
 from gradio_client import Client, handle_file
+
+from clip_lab.ui.theme import exposed, launch_options
 
 ROOT = Path(__file__).parents[1]
 APP = ROOT / "apps" / "zeroshot.py"
@@ -250,6 +255,43 @@ def test_the_keyboard_is_enough(visit):
     page.keyboard.press("Control+End")
     page.keyboard.type("\na slice of pizza")
     page.locator(".cl-label", has_text="a slice of pizza").wait_for()
+
+
+# ---- opened to others
+
+def test_a_login_closes_every_way_in(monkeypatch):
+    "Page, questions and files are for those who have the name and the password; others get none of it (Gradio tells them what the questions are called)."
+    monkeypatch.setenv("CLIP_LAB_LOGIN", "jo:a good:secret")
+    with gr.Blocks() as page:
+        gr.Button("Say it softly").click(lambda: "said it", None, gr.Textbox(), api_name="whisper")
+    port = free_port()
+    page.launch(**launch_options(port, "0.0.0.0"), prevent_thread_lock=True, quiet=True)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            def ask(): return client.post("/gradio_api/call/whisper", json={"data": []}).status_code
+            def refused(): return [client.get("/gradio_api/info").status_code, client.get("/config").status_code, ask(), client.post("/gradio_api/upload", files={"files": ("x.png", b"x")}).status_code]
+            assert "Say it softly" not in client.get("/").text and refused() == [401] * 4
+            assert client.post("/login", data={"username": "jo", "password": "wrong"}).status_code == 400 and refused() == [401] * 4
+            assert client.post("/login", data={"username": "jo", "password": "a good:secret"}).status_code == 200
+            assert ask() == 200 and "Say it softly" in client.get("/config").text
+    finally: page.close()
+
+
+def test_what_an_open_address_means_is_said(monkeypatch, capsys):
+    monkeypatch.delenv("CLIP_LAB_LOGIN", raising=False)
+    for app in ("zeroshot", "bias"):
+        seen = {}
+        monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: seen.update(options))
+        for words, host in (([], "127.0.0.1"), (["--host", "0.0.0.0", "--port", "7999"], "0.0.0.0")):
+            monkeypatch.setattr(sys, "argv", [f"{app}.py", *words])
+            runpy.run_path(str(ROOT / "apps" / f"{app}.py"), run_name="__main__")
+            told = capsys.readouterr().out
+            assert (seen["server_name"], seen["auth"]) == (host, None) and ("asked for nothing" in told) == bool(words)
+    monkeypatch.setenv("CLIP_LAB_LOGIN", "jo:secret")
+    assert "name and the password" in exposed("0.0.0.0") and "secret" not in exposed("0.0.0.0")
+    monkeypatch.setenv("CLIP_LAB_LOGIN", "secret")
+    with pytest.raises(ValueError, match="as name:password") as error: launch_options()
+    assert "secret" not in str(error.value)
 
 
 # ---- gradio's own command
