@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PORT ?= 7860
 
-.PHONY: demo test lab notebooks docs sync card photos-card weights detector data faults bench clean
+.PHONY: demo test lab notebooks docs sync card photos-card weights detector data faults bench load clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.stamp-apps $(if $(filter 1,$(PHOTOS)),.venv/.stamp-photos)  ## classify shipped pictures, print the measured accuracy, open the app (APP=0: no app; PHOTOS=1: with a model for photographs)
@@ -14,12 +14,14 @@ test: .venv/.stamp-dev  ## library and notebooks in sync and clean, README up to
 	tools/system_packages.sh
 	$(BIN)/python tools/sync.py --check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 docs: .venv/.stamp-dev  ## the notebooks as a site with search, build/docs/html/index.html; dead links and pictures without alt text fail it
 	$(BIN)/python tools/docs.py
 
 lab: .venv/.stamp-dev  ## JupyterLab on the notebooks, beginning with CLIP in ten minutes
+	$(BIN)/jupyter labextension disable --level=sys_prefix "@jupyterlab/apputils-extension:announcements"  # no question about news
 	$(BIN)/jupyter lab --ip 127.0.0.1 --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate nbs/ten_minutes.ipynb
 
 notebooks: .venv/.stamp-dev  ## run all notebooks and save what they show
@@ -32,7 +34,7 @@ card: .venv/.stamp-apps  ## measure the model card's table again
 	$(BIN)/clip-lab card
 
 photos-card: .venv/.stamp-photos  ## measure what the model for photographs knows
-	$(BIN)/python -m clip_lab.audits.photos
+	$(BIN)/clip-lab card --model photos
 
 weights: .venv/.stamp-dev  ## train the shipped weights again (under two hours on two cores)
 	$(BIN)/torchrun --standalone --nproc_per_node 2 -m clip_lab.train --cpu --output runs/emoji --resume auto
@@ -49,14 +51,11 @@ faults: .venv/.stamp-dev  ## hostile files, kills and full disks, the long form 
 	tools/system_packages.sh
 	CLIP_LAB_FAULTS=long $(BIN)/python -m pytest tests/faults
 
-bench: .venv/.stamp-dev  ## speed and memory beside the peers: bench/results/, shown in nbs/train/16_bench.ipynb and nbs/evals/30_bench.ipynb
-	$(PIP) -e '.[bench]'
-	$(BIN)/python bench/encode.py bench/results/encode.json
-	$(BIN)/python bench/train_step.py bench/results/train_step.json
-	$(BIN)/python bench/loss_memory.py bench/results/loss_memory.json --memory 8
-	$(BIN)/python bench/evals.py bench/results/evals.json
-	$(BIN)/python bench/audits.py bench/results/audits.json
-	$(BIN)/python bench/study_load.py bench/results/study_load.json
+bench: .venv/.stamp-dev  ## speed and memory beside the peers: bench/results/, shown in nbs/proof.ipynb
+	$(BIN)/python bench
+
+load: .venv/.stamp-dev  ## fifty people at once in each app, for five minutes: bench/results/load_*.json, shown in nbs/proof.ipynb
+	$(BIN)/python bench --only load_zeroshot load_bias load_human --load-seconds 300
 
 clean:
 	rm -rf .venv
