@@ -222,9 +222,12 @@ def _open_app(port: int):
 @app.command()
 def card(
     name: Annotated[str, typer.Option("--model", metavar="NAME", help="A name from `clip-lab models`, or a file.")] = "emoji",
-    write: Annotated[Optional[Path], typer.Option(metavar="FOLDER", file_okay=False, help="Also write emoji.card.json and MODEL_CARD.md there.")] = None,
+    write: Annotated[Optional[Path], typer.Option(metavar="FOLDER", file_okay=False, help="Also write the model's card there: emoji.card.json and MODEL_CARD.md, or photos.card.json and MODEL_CARD_photos.md.")] = None,
 ):
-    "Measure the accuracy by style, by seen and unseen concept, and on photographs, each with n and interval."
+    "Measure the accuracy by style, by seen and unseen concept, and on photographs, each with n and interval; for `photos`, what it knows of photographs."
+    if name == "photos":
+        from clip_lab.audits.photos import main as photos_card
+        raise typer.Exit(photos_card(["--write", str(write)] if write else []))
     from clip_lab.evals.embedded import as_percent, measure, write_card
     from clip_lab.pretrained import load
     model, preprocess = load(name)
