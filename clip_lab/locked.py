@@ -65,7 +65,7 @@ def config_of(values: dict) -> CLIPConfig:
     "A configuration from the plain values of `to_dict`, of whichever kind it was."
     return (LockedConfig if "tower" in values else CLIPConfig).from_dict(values)
 
-PHOTOS = LockedConfig("photos", 224, image_resolution=260, tower="efficientnet-lite2", context_length=32, vocab_size=9216 + 514, text_width=256, text_heads=4, text_layers=1, activation="gelu")
+PHOTOS = LockedConfig("photos", 224, context_length=32, vocab_size=9216 + 514, text_width=256, text_heads=4, text_layers=1, activation="gelu")
 
 # %% ../nbs/02d_locked.ipynb #40d969ca
 TOWER = "visual.tower."

@@ -45,8 +45,6 @@ class LockedTraining:
     model: LockedConfig = PHOTOS
     output: Path = Path("runs/photos")
     hierarchy: float = 0.5          # share of WordNet's hierarchy in the space; the rest is the sentence encoder's
-    sentences: int = 16_000         # with names in them, that the sentence encoder reads once
-    every: int = 6                  # one of so many drawings is trained on: the tower takes its time for each
     features: float = 0.4           # length of the features' part beside the probabilities' part, at the start
     word_steps: int = 500           # steps in which the text tower only learns the space
     steps: int = 1300              # all steps
@@ -151,20 +149,19 @@ class Drawn:
     concepts: list                       # of each drawing its row of `emoji.concepts()`, or the captions of a piece of clip art
     keys: Tensor                         # (n, 4) int64, see `also_true`
 
-def drawings(styles: Sequence[str] = ("fluent", "noto", "openmoji"), every: int = 1) -> Iterator[tuple[str, object, list, np.ndarray]]:
-    "Name, pictures, concepts and keys of each set; of every so many drawings the first."
+def drawings(styles: Sequence[str] = ("fluent", "noto", "openmoji")) -> Iterator[tuple[str, object, list, np.ndarray]]:
+    "Name, pictures, concepts and keys of each set."
     table = emoji.concepts()
     rows, place = list(table.itertuples(index=False)), {c: i for i, c in enumerate(table.concept)}
     names = (table.concept, table.base, table.group + "/" + table.subgroup, table.group)
     keys = np.stack([np.unique(n, return_inverse=True)[1] for n in names], axis=1)
     for style in styles:
         drawn = emoji.load(style)
-        chosen = [i for i, c in enumerate(drawn.table.concept) if (r := rows[place[c]]).split == "train" and not r.tone and not r.name.startswith("flag: ")][::every]
+        chosen = [i for i, c in enumerate(drawn.table.concept) if (r := rows[place[c]]).split == "train" and not r.tone and not r.name.startswith("flag: ")]
         where = [place[drawn.table.concept[i]] for i in chosen]
         yield style, drawn.pictures.take(chosen), [rows[i] for i in where], keys[where]
     art = clipart.load()
-    chosen = list(range(0, len(art), every))
-    yield "clipart", art.pictures.take(chosen), [list(art.table.captions[i]) for i in chosen], -1 - np.repeat(np.array(chosen)[:, None], 4, 1)
+    yield "clipart", art.pictures, [list(c) for c in art.table.captions], -1 - np.repeat(np.arange(len(art))[:, None], 4, 1)
 
 def kept_features(tower: EfficientNetLite, transform: LitePreprocess, pictures, file: Path, batch_size: int = 32, report: Callable = lambda *_: None) -> Tensor:
     "The tower's features (n, 1280) in float16, from `file` if they are there, else computed and kept; continued where it was cut."
@@ -176,9 +173,9 @@ def kept_features(tower: EfficientNetLite, transform: LitePreprocess, pictures, 
             if len(part) % (16 * batch_size) == 0 or len(part) == len(pictures): torch.save(part, file); report(file.stem, len(part), len(pictures))
     return part
 
-def drawn_features(tower: EfficientNetLite, transform: LitePreprocess, folder: Path, report: Callable = lambda *_: None, every: int = 1) -> Drawn:
-    "The drawings, through the tower once."
-    parts = [(kept_features(tower, transform, pictures, folder / f"{name}.pt", report=report), concepts, keys) for name, pictures, concepts, keys in drawings(every=every)]
+def drawn_features(tower: EfficientNetLite, transform: LitePreprocess, folder: Path, report: Callable = lambda *_: None) -> Drawn:
+    "All drawings, through the tower once."
+    parts = [(kept_features(tower, transform, pictures, folder / f"{name}.pt", report=report), concepts, keys) for name, pictures, concepts, keys in drawings()]
     return Drawn(torch.cat([p[0] for p in parts]), [c for p in parts for c in p[1]], torch.from_numpy(np.concatenate([p[2] for p in parts])))
 
 # %% ../../nbs/train/17_locked.ipynb #d3e00471
@@ -241,33 +238,21 @@ def prototypes(tower: EfficientNetLite, features: Tensor, sure: float = 0.85, di
     return Prototypes(middle, high * ways, noise)
 
 # %% ../../nbs/train/17_locked.ipynb #6e669c3e
-TOGETHER = ("A {} and a {}.", "a {} with a {}", "A {} on a {}.", "a {} next to a {}", "This {} looks like a {}.", "the {} of a {}")
-EXPLAINED = ("{1}", "A {0} is {1}.", "{0}: {1}", "{0}, {1}")
-
-def sentence(name: str, other: str, gloss: str, rng: np.random.Generator) -> str:
-    "A name as a caption might have it: alone, with another thing, or explained."
-    u = rng.random()
-    if u < 0.4: return phrase(name, rng)
-    return TOGETHER[rng.integers(len(TOGETHER))].format(name, other) if u < 0.65 else EXPLAINED[rng.integers(len(EXPLAINED))].format(name, gloss)
-
 @dataclass(frozen=True)
 class Lessons:
     "All that the text tower is taught."
     lex: Lexicon
     rows: Tensor                  # (names, embed_dim)
-    sentences: list[str]          # in which names stand
-    sentence_rows: Tensor         # (sentences, embed_dim)
+    glosses: list[str]            # of the main meaning of each name
     phrases: list[str]            # beyond WordNet's nouns
     phrase_rows: Tensor           # (phrases, embed_dim)
 
     def draw(self, n: int, rng: np.random.Generator) -> tuple[list[str], Tensor]:
         "Texts, and where each should stand."
-        names, kind = rng.choice(len(self.lex.names), n, p=self.lex.weight), rng.random(n)
-        texts, rows = [phrase(self.lex.names[i], rng) for i in names], self.rows[names].clone()
-        for low, high, told, places in ((0.0, 0.08, self.phrases, self.phrase_rows), (0.08, 0.5, self.sentences, self.sentence_rows)):
-            for k in np.flatnonzero((low <= kind) & (kind < high)):
-                i = rng.integers(len(told))
-                texts[k], rows[k] = told[i], places[i]
+        names, extra = rng.choice(len(self.lex.names), n, p=self.lex.weight), rng.random(n) < 0.08
+        texts = [self.glosses[i] if rng.random() < 0.1 else phrase(self.lex.names[i], rng) for i in names]
+        rows, other = self.rows[names].clone(), rng.integers(len(self.phrases), size=n)
+        for k in np.flatnonzero(extra): texts[k], rows[k] = self.phrases[other[k]], self.phrase_rows[other[k]]
         return texts, rows
 
 def verbs(w: WordNet, least: float = 4.0) -> list[str]:
@@ -278,9 +263,9 @@ def verbs(w: WordNet, least: float = 4.0) -> list[str]:
 
 def meant(sentences: Tensor, rows: Tensor, asked: Tensor, temperature: float = 0.03) -> Tensor:     # names (m, 384) and (m, embed_dim), phrases (n, 384) -> (n, embed_dim)
     "Places of phrases: the mean of some names' places, the nearest ones by the sentence encoder counting most."
-    return torch.cat([F.normalize((part @ sentences.T / temperature).softmax(1) @ rows, dim=-1) for part in asked.split(1024)])
+    return F.normalize((asked @ sentences.T / temperature).softmax(1) @ rows, dim=-1)
 
-def kept_sentences(encoder: MiniLM, texts: Sequence[str], file: Path, report: Callable = lambda *_: None, part: int = 4096) -> Tensor:     # (n, 384)
+def kept_sentences(encoder: MiniLM, texts: Sequence[str], file: Path, report: Callable = lambda *_: None, part: int = 1024) -> Tensor:     # (n, 384)
     "The sentence encoder's rows, from `file` as far as they are there, else computed and kept."
     known = torch.load(file, weights_only=True) if file.is_file() else {}
     new = [t for t in dict.fromkeys(texts) if t not in known]
@@ -347,7 +332,7 @@ def bag_of_words(course: "Course", clip: CLIP, ridge: float = 0.3) -> Tensor:   
     told, rng = course.lessons, np.random.default_rng([course.c.seed, 2 ** 31])
     lex, n = told.lex, len(told.lex.names)
     parts = [(lex.names, told.rows, lex.weight * n), ([phrase(name, rng) for name in lex.names], told.rows, lex.weight * n),
-             (told.sentences, told.sentence_rows, np.full(len(told.sentences), 0.5)), (told.phrases, told.phrase_rows, np.full(len(told.phrases), 2.0))]
+             (told.glosses, told.rows, lex.weight * n * 0.2), (told.phrases, told.phrase_rows, np.full(len(told.phrases), 2.0))]
     ids = clip.tokenizer.encode_batch([t for texts, *_ in parts for t in texts])
     counts = sparse.csr_matrix((np.ones(sum(map(len, ids))), np.concatenate(ids).astype(int), np.cumsum([0, *map(len, ids)])), shape=(len(ids), clip.vocab_size))
     weighted = sparse.diags(np.concatenate([weight for *_, weight in parts])) @ counts
@@ -402,28 +387,16 @@ class Course:
     @cached_property
     def space(self) -> Space: return space(self.lex, self.w, self.sentences, self.of_classes, self.c.model.embed_dim, self.c.hierarchy)
     @cached_property
-    def drawn(self) -> Drawn: return drawn_features(self.tower, self.transform, self.c.output, self.report, self.c.every)
+    def drawn(self) -> Drawn: return drawn_features(self.tower, self.transform, self.c.output, self.report)
     @cached_property
     def made(self) -> Prototypes: return prototypes(self.tower, self.drawn.features)
-
-    @cached_property
-    def said_of_names(self) -> tuple[list[str], np.ndarray]:
-        "Sentences with names, and which name each is about; usual names come more often."
-        rng, lex = np.random.default_rng(self.c.seed), self.lex
-        about, others = (rng.choice(len(lex.names), self.c.sentences, p=lex.weight) for _ in range(2))
-        gloss = lambda i: self.w.synsets[max(lex.meanings[i], key=lex.meanings[i].get)].gloss
-        return [sentence(lex.names[i], lex.names[j], gloss(i), rng) for i, j in zip(about, others)], about
 
     @cached_property
     def lessons(self) -> Lessons:
         phrases = [f"something {form} {v}" for v in verbs(self.w) for form in ("to", "you can")]
         general = (true_of(self.w, self.lex.meanings).sum(1) >= 3).nonzero().squeeze(1)
-        general_rows = meant(self.sentences[general], self.space.rows[general], kept_sentences(self.encoder, phrases, self.c.output / "phrases.pt", self.report))
-        texts, about = self.said_of_names
-        near = lambda asked: meant(self.sentences, self.space.rows, asked)
-        rows = F.normalize(self.space.rows + near(self.sentences), dim=-1)
-        sentence_rows = F.normalize(self.space.rows[about] + near(kept_sentences(self.encoder, texts, self.c.output / "sentences.pt", self.report)), dim=-1)
-        return Lessons(self.lex, rows, texts, sentence_rows, phrases, general_rows)
+        rows = meant(self.sentences[general], self.space.rows[general], kept_sentences(self.encoder, phrases, self.c.output / "phrases.pt", self.report))
+        return Lessons(self.lex, self.space.rows, [self.w.synsets[max(m, key=m.get)].gloss for m in self.lex.meanings], phrases, rows)
 
 def train_locked(
     c: LockedTraining = LockedTraining(),
