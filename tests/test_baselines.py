@@ -166,6 +166,7 @@ def test_any_classifier_is_adapted():
         assert torch.equal(model.encode_image(x), net.body(x).relu().mean((2, 3))) and model.config.embed_dim == 7
         assert torch.allclose(model.posteriors(x), net(x).softmax(1))
         assert torch.allclose(model.encode_image(x, normalize=True).norm(dim=1), torch.ones(4))
+    assert not model.training                              # evaluations take it as it is
     with pytest.raises(ValueError, match=r"\(n, 3, 8, 8\)"): model.encode_image(torch.randn(4, 3, 9, 9))
     with pytest.raises(ValueError, match="reads no text"): model.encode_text(x)
     with pytest.raises(ValueError, match="no linear layer with 1000"): Supervised(net, "mine", 8)

@@ -55,6 +55,7 @@ class Supervised(nn.Module):
         self.head = last_linear(net, len(self.classnames))
         self.head.register_forward_pre_hook(self._keep)
         self.config = BaselineConfig(name, self.head.in_features, resolution)
+        self.eval()                       # as `load` returns a model
 
     def _keep(self, layer, inputs): self._seen = inputs[0]
     @property
