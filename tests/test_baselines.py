@@ -166,6 +166,7 @@ def test_any_classifier_is_adapted():
         assert torch.equal(model.encode_image(x), net.body(x).relu().mean((2, 3))) and model.config.embed_dim == 7
         assert torch.allclose(model.posteriors(x), net(x).softmax(1))
         assert torch.allclose(model.encode_image(x, normalize=True).norm(dim=1), torch.ones(4))
+    assert not model.training                              # evaluations take it as it is
     with pytest.raises(ValueError, match=r"\(n, 3, 8, 8\)"): model.encode_image(torch.randn(4, 3, 9, 9))
     with pytest.raises(ValueError, match="reads no text"): model.encode_text(x)
     with pytest.raises(ValueError, match="no linear layer with 1000"): Supervised(net, "mine", 8)
@@ -185,6 +186,35 @@ def test_timm_is_asked_for_by_name(monkeypatch):
     with pytest.raises(ValueError, match="bilinear"): baselines.timm_model("some_net")
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="pip install timm"): baselines.timm_model("some_net")
+
+
+def real_timm():
+    "timm, or a skip that says why: it needs torchvision, and PyPI's torchvision does not import beside every build of torch."
+    try: import timm
+    except (ImportError, RuntimeError) as error: pytest.skip(f"needs timm and a torchvision that fits this torch: {str(error).splitlines()[0]:.100}")
+    return timm
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
+def test_real_models_of_timm_are_adapted(name, monkeypatch):
+    timm = real_timm()
+    create = timm.create_model
+    made = []
+    def untrained(name, pretrained): made.append(pretrained); return create(name, pretrained=False)       # no network in tests
+    monkeypatch.setattr(timm, "create_model", untrained)
+    asked = timm.data.resolve_model_data_config(create(name, pretrained=False))
+    if asked["interpolation"] != "bicubic":
+        with pytest.raises(ValueError, match=asked["interpolation"]): baselines.timm_model(name)
+        return
+    model, transform = baselines.timm_model(name)
+    pictures = offline.load("photographs").data.pictures
+    x = torch.stack([transform(pictures[i]) for i in range(2)])
+    with torch.inference_mode():
+        features, logits = model.features_and_logits(x)
+        assert torch.allclose(logits, model.net(x), atol=1e-5) and torch.allclose(features @ model.head.weight.T + model.head.bias, logits, atol=1e-4)
+    theirs = timm.data.create_transform(**asked, is_training=False)
+    for i in range(2): assert (transform(pictures[i]) - theirs(pictures[i].convert("RGB"))).abs().max() < 0.05, "not the picture that timm's transform makes"
+    assert made == [True] and model.classnames[0] == "tench"
 
 
 # ---- the old zero-shot methods

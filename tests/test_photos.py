@@ -96,6 +96,24 @@ def test_the_command_says_what_is_wrong(capsys):
     assert "did you mean 'photos'" in capsys.readouterr().err
 
 
+def test_the_card_command_knows_the_card_of_photos(monkeypatch, tmp_path):
+    from typer.testing import CliRunner
+    from clip_lab.cli import app
+    monkeypatch.setattr(efficientnet, "find_spec", lambda name: None)
+    said = CliRunner().invoke(app, ["card", "--model", "photos", "--write", str(tmp_path)])
+    assert said.exit_code == 1 and "clip_lab.audits.photos: the model 'photos' stands on a locked image tower" in said.output and not list(tmp_path.iterdir())
+
+
+@tower
+def test_the_demo_answers_about_photographs(photos):
+    pytest.importorskip("skimage", reason="needs scikit-image's photographs")
+    from clip_lab.cli import SHOWN, demo_photographs
+    table = demo_photographs(*photos)
+    assert list(table.picture) == list(SHOWN)
+    right = {p: a == SHOWN[p] for p, a in zip(table.picture, table.answer)}
+    assert right["cat"] and right["cup of coffee"] and right["rocket"] and sum(right.values()) >= 4      # coins have no class in ImageNet
+
+
 def test_halves_do_not_depend_on_the_order():
     ids = [f"animals/{i}" for i in range(200)]
     half = card.chosen_on(ids)

@@ -55,6 +55,7 @@ class Supervised(nn.Module):
         self.head = last_linear(net, len(self.classnames))
         self.head.register_forward_pre_hook(self._keep)
         self.config = BaselineConfig(name, self.head.in_features, resolution)
+        self.eval()                       # as `load` returns a model
 
     def _keep(self, layer, inputs): self._seen = inputs[0]
     @property
@@ -94,7 +95,7 @@ def timm_model(name: str, **how) -> tuple[Supervised, Preprocess]:
     asked = timm.data.resolve_model_data_config(net)
     if asked["interpolation"] != "bicubic": raise ValueError(f"{name} was trained with {asked['interpolation']} resizing, and our transform is bicubic; bring your own transform and use Supervised(net, name, size)")
     size = asked["input_size"][-1]
-    return Supervised(net, name, size), LitePreprocess(size, tuple(asked["mean"]), tuple(asked["std"]), margin=round(size / asked["crop_pct"]) - size)
+    return Supervised(net, name, size), LitePreprocess(size, tuple(asked["mean"]), tuple(asked["std"]), margin=math.floor(size / asked["crop_pct"]) - size)      # timm rounds down too
 
 # %% ../../nbs/evals/35_baselines.ipynb #f423e7a8
 class Spoken(nn.Module):
