@@ -8,7 +8,6 @@ __all__ = ['MOST_PACKED', 'TensorFile', 'read_tensors', 'write_tensors']
 # %% ../nbs/08a_archives.ipynb #ece76a66
 from collections.abc import Iterator, Mapping
 import io
-import os
 from pathlib import Path
 import pickle
 import re
@@ -19,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 import torch
 from torch import Tensor
+
+from .whole import whole
 
 # %% ../nbs/08a_archives.ipynb #9d64bcc4
 _STORAGES = {f"{n}Storage": d for n, d in dict(
@@ -127,13 +128,11 @@ def write_tensors(
     path = Path(path)
     if path.suffix != ".safetensors": raise ValueError(f"{path} should end in .safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.touch()
-        mode = partial.stat().st_mode      # what a new file gets here; save_file would make it private
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial, metadata=dict(metadata))
-        partial.chmod(mode)
-        os.replace(partial, path)
+        with whole(path) as part:
+            part.touch()
+            mode = part.stat().st_mode      # what a new file gets here; save_file would make it private
+            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, part, metadata=dict(metadata))
+            part.chmod(mode)
     except (OSError, SafetensorError) as e: raise OSError(f"{path} could not be written ({e}); what stood there before is unchanged") from e
-    finally: partial.unlink(missing_ok=True)
     return path

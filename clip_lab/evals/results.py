@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import pandas as pd
 
 from .. import __version__
+from ..whole import read_record, write_whole
 from .stats import bootstrap, difference, mcnemar
 
 # %% ../../nbs/evals/31_results.ipynb #e20dd693
@@ -68,32 +68,20 @@ class Results:
         name = None if answers is None else f"{bundle.id}.{hashlib.sha256(answers).hexdigest()[:12]}.parquet"
         text = json.dumps(bundle.to_dict() | {"answers": name}, ensure_ascii=False, indent=1, allow_nan=False).encode()
         before = self._answers(bundle.id) if bundle.asked in self else None
-        if answers is not None: self._write(self.folder / name, answers)
-        file = self._write(self._file(bundle.id), text)       # from here on the new answers are meant
+        if answers is not None: write_whole(self.folder / name, answers)
+        file = write_whole(self._file(bundle.id), text)       # from here on the new answers are meant
         if before and before.name != name: before.unlink(missing_ok=True)
         return file
 
     def _content(self, name: str) -> dict:
-        file = self._file(name)
-        try: return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error: raise ValueError(f"{file} is not a result ({error}); delete it and evaluate again") from error
+        return read_record(self._file(name), dict, "delete it and evaluate again")
 
     def _answers(self, name: str) -> Path | None:
         "The file with the answers of a bundle; those of an earlier version have the name of the bundle."
         try: told = self._content(name).get("answers", f"{name}.parquet")
         except ValueError: return None
-        file = self.folder / Path(told or "").name            # whatever the JSON says, in no other folder
+        file = self.folder / Path(str(told or "")).name            # whatever the JSON says, in no other folder
         return file if told and file.is_file() else None
-
-    def _write(self, file: Path, data: bytes) -> Path:
-        fresh = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            fresh.write_bytes(data)
-            fresh.replace(file)
-        except OSError as error:
-            fresh.unlink(missing_ok=True)
-            raise OSError(f"{file} could not be written ({error}); what stood there before is unchanged") from error
-        return file
 
     def names(self) -> list[str]:
         "All bundles, in the order of their names."
@@ -106,7 +94,9 @@ class Results:
         if len(found) != 1: raise KeyError(f"{self.folder} has {len(found) or 'no'} bundle{'s' * (len(found) > 1)} {name!r}" + (f": {', '.join(found[:5])}" if found else f" among {len(self.names())}"))
         content, answers = self._content(found[0]), self._answers(found[0])
         if answers is None and content.get("answers"): raise ValueError(f"{self._file(found[0])} has lost its answers, {content['answers']}; delete it and evaluate again")
-        return Bundle(content["asked"], pd.DataFrame(content["rows"]), None if answers is None else pd.read_parquet(answers), content["details"], tuple(content["notes"]), content["made"])
+        try: rows = None if answers is None else pd.read_parquet(answers)
+        except (ValueError, OSError) as error: raise ValueError(f"{answers} cannot be read as parquet ({error}); delete it and evaluate again") from error
+        return read_record(self._file(found[0]), lambda c: Bundle(dict(c["asked"]), pd.DataFrame(c["rows"]), rows, c["details"], tuple(c["notes"]), c["made"]), "delete it and evaluate again")
 
     def __iter__(self) -> Iterator[Bundle]: return map(self.get, self.names())
 

@@ -56,6 +56,11 @@ def no_hang(seconds: float = 30):
         signal.signal(signal.SIGPROF, before)
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "faults" in item.path.parts and FORM == "long": item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield

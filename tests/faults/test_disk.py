@@ -115,7 +115,7 @@ def test_a_full_disk_in_the_middle_of_a_curation(disk, tmp_path):
     tally("full disk, curation", "said so, went on to the same bytes")
 
 
-@fuzz(40, 3000)
+@fuzz(40, 2000)
 @given(changes=damage(4), which=st.integers(0, 2))
 def test_a_damaged_shard_is_named(tmp_path_factory, changes, which):
     folder = tmp_path_factory.mktemp("shards")

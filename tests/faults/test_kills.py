@@ -23,6 +23,7 @@ from clip_lab.audits.card import read_audit
 from clip_lab.data.curate import CurateReport, open_shard
 from clip_lab.embed import EmbeddingCache
 from clip_lab.evals.results import Results
+from clip_lab.model import CONFIGS
 from clip_lab.train.checkpoints import Checkpoints
 from clip_lab.train.config import read_config
 
@@ -147,8 +148,9 @@ def test_curation(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_training(start, tmp_path):
+def test_training(start, tmp_path, monkeypatch):
     "After each kill the newest checkpoint is whole and no older than before; the runs that were killed end with the weights of the one that was not."
+    monkeypatch.setitem(CONFIGS, "tiny", nursery.TINY)      # to read its settings here
     state, ended = {"step": 0}, [0]
     def weights(folder): return next((folder / "run").glob("*.safetensors"))
     def begin(folder):
