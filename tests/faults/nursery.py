@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 import torch
 
 import clip_lab
@@ -86,9 +87,22 @@ def curation(folder, say, seed):
     say(report.pairs_out)
 
 
+def pairs(folder: Path) -> Path:
+    "A table of forty pictures and captions; made once."
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (table := folder / "pairs.csv").exists():
+        for i in range(40): Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        table.write_text("image,caption\n" + "".join(f"{i}.png,a picture of number {i}\n" for i in range(40)))
+    return table
+
+
+def settings(folder: Path, **more) -> TrainConfig:
+    return TrainConfig(model="tiny", data=str(pairs(folder.parent / "pairs")), output=folder / "run", warmup=1, batch_size=8, precision="no", save_every=2, log_every=1, cpu=True, **more)
+
+
 def training(folder, say, seed):
     CONFIGS["tiny"] = TINY       # in the child alone
-    config = TrainConfig(model="tiny", output=folder / "run", steps=12, warmup=1, batch_size=8, precision="no", styles=("noto",), clipart_share=0.0, save_every=2, log_every=1, cpu=True)
+    config = settings(folder, steps=12)
     train(config, resume=True, report=lambda line: say(line["step"]))
     say("done")
 

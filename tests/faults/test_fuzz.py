@@ -102,7 +102,7 @@ PICTURES = corpus()
 ASKED = preprocess(16), preprocess(16, orient=True, background="white")
 
 
-@fuzz(700, 25_000)
+@fuzz(400, 25_000)
 @given(name=st.sampled_from(sorted(PICTURES)), changes=damage())
 def test_a_damaged_picture_is_a_picture_or_an_image_error(name, changes):
     check_picture(f"pictures, {name.split()[0]}", damaged(PICTURES[name], changes))
@@ -222,7 +222,7 @@ def canary(tmp_path_factory):
     return CANARY[0]
 
 
-@fuzz(500, 8000)
+@fuzz(300, 8000)
 @given(data=st.data())
 def test_a_forged_checkpoint_is_loaded_whole_or_refused(weights, canary, data):
     files, folder = weights
