@@ -122,6 +122,18 @@ class _Pictures(Dataset):
         except (ImageError, OSError) as e:
             return i, None, None, (describe(picture), str(e))
 
+# %% ../nbs/09_embed.ipynb #1ff0e730
+@contextmanager
+def memory_for(
+    what: str,                                # that may be too much: "a batch of 64 pictures"
+    advice: str,                              # which settings need less
+) -> Iterator[None]:
+    "A device or a machine without room for it is a MemoryError that says what to change; other errors pass."
+    try: yield
+    except (MemoryError, RuntimeError) as error:      # torch.OutOfMemoryError is a RuntimeError; without an accelerator torch raises just that
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("allocate memory|not enough memory|out of memory", str(error), re.IGNORECASE)): raise
+        raise MemoryError(f"{what} did not fit into memory; {advice} ({(str(error).splitlines() or [type(error).__name__])[0][:200]})") from error
+
 # %% ../nbs/09_embed.ipynb #a2f26219
 def _ready(model: CLIP, autocast: torch.dtype | None):
     "The context to compute in; ValueError for a model in training mode or a device without autocast."
@@ -134,17 +146,6 @@ def _finite(rows: Tensor, what: str) -> Tensor:
     "Rows as float32 on the CPU; ValueError if the model overflowed."
     if not rows.isfinite().all(): raise ValueError(f"the model gives non-finite embeddings for {what}; use float32 weights, or bfloat16 autocast")
     return rows.float().cpu()
-
-@contextmanager
-def memory_for(
-    what: str,                                # that may be too much: "a batch of 64 pictures"
-    advice: str,                              # which settings need less
-) -> Iterator[None]:
-    "A device or a machine without room for it is a MemoryError that says what to change; other errors pass."
-    try: yield
-    except (MemoryError, RuntimeError) as error:      # torch.OutOfMemoryError is a RuntimeError; without an accelerator torch raises just that
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("allocate memory|not enough memory|out of memory", str(error), re.IGNORECASE)): raise
-        raise MemoryError(f"{what} did not fit into memory; {advice} ({(str(error).splitlines() or [type(error).__name__])[0][:200]})") from error
 
 def _bar(total: int, unit: str, wanted: bool) -> tqdm:
     return tqdm(total=total, unit=f" {unit}", delay=2, disable=None if wanted else True)     # None: silent where there is no terminal

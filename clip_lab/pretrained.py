@@ -214,7 +214,7 @@ def read(
     check_state(state, config, str(path))
     return Checkpoint(path, layout, state, config, transform, notes)
 
-# %% ../nbs/08c_pretrained.ipynb #d99f7b86
+# %% ../nbs/08c_pretrained.ipynb #9c56b926
 def _check_download(file: Path) -> None:
     "OSError, and the file is gone, if what the hub sent is not what it had announced: its cache names large files by their SHA-256."
     blob = file.resolve()
@@ -222,6 +222,7 @@ def _check_download(file: Path) -> None:
     blob.unlink(), file.unlink(missing_ok=True)
     raise OSError(f"what it sent as {file.name} does not have the SHA-256 that it announced, {blob.name[:16]}...")
 
+# %% ../nbs/08c_pretrained.ipynb #d99f7b86
 def _hub_file(repo: str, names: tuple[str, ...], advice: str, revision=None, cache_dir=None, local_files_only=False) -> Path:
     "The first of `names` in a hub repository, from the cache or else the network; FileNotFoundError with advice."
     from huggingface_hub import hf_hub_download     # 0.2 s, and only needed here

@@ -80,7 +80,7 @@ def cars(root: Path) -> Found:
             rows.append(Row(f"cars_{split}/{picture}", names[number - 1], split))
     return gather(root, rows, {"class": names})
 
-# %% ../../nbs/data/07j_tables.ipynb #3886e6aa
+# %% ../../nbs/data/07j_tables.ipynb #8a657a43
 def read_xml(file: Path) -> ElementTree.Element:
     "The root of an XML file without a document type, which could name other files or repeat itself without end; LayoutError names a file that has one."
     text = file.read_bytes().decode("utf-8-sig", "replace")        # text, so that nothing is parsed as another encoding than what was looked at
@@ -88,6 +88,7 @@ def read_xml(file: Path) -> ElementTree.Element:
     try: return ElementTree.fromstring(text)
     except ElementTree.ParseError as error: raise LayoutError(f"{file} is not readable XML ({error})") from error
 
+# %% ../../nbs/data/07j_tables.ipynb #3886e6aa
 def voc(root: Path, year: int = 2007) -> Found:
     folder = need(root, f"VOCdevkit/VOC{year}", f"VOC{year}", ".")
     rows = []
