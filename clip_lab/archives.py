@@ -102,6 +102,10 @@ def _is_archive(path: Path) -> bool:
     return any(i.filename.endswith("/constants.pkl") for i in parts)
 
 # %% ../nbs/08a_archives.ipynb #16e2a413
+def _said(error: Exception) -> str:
+    "What an error says, in a line; torch's tells how to trust the file, and may print tensors whose contents were never read."
+    return re.sub(r"tensor\(.*", "a tensor", " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split()))[:500]
+
 def read_tensors(
     path: str | Path,                    # .safetensors, or any file of torch.save or torch.jit.save
 ) -> TensorFile:
@@ -115,8 +119,8 @@ def read_tensors(
         return TensorFile(_read_pickle(path), {}, False)
     except SafetensorError as e: raise ValueError(f"{path} is not a complete safetensors file ({e}); fetch it again") from e
     except pickle.UnpicklingError as e:
-        raise ValueError(f"{path} was refused, because opening it could run code: {e}. Ask its author for safetensors") from e
-    except Exception as e: raise ValueError(f"{path} cannot be read as a checkpoint: {e}") from e
+        raise ValueError(f"{path} was refused, because opening it could run code: {_said(e)}. Ask its author for safetensors") from e
+    except Exception as e: raise ValueError(f"{path} cannot be read as a checkpoint: {_said(e)}") from e
 
 # %% ../nbs/08a_archives.ipynb #a81604b3
 def write_tensors(

@@ -245,6 +245,15 @@ def test_a_forged_checkpoint_is_loaded_whole_or_refused(weights, canary, data):
     assert not canary.exists(), "something in the file was run"
 
 
+def test_a_message_does_not_print_what_is_in_memory(tmp_path):
+    "Found by the long form: torch repeats the tensor that a damaged pickle calls, before anything was read into it."
+    torch.save(torch.zeros(100, 50), tmp_path / "x.pt")
+    (tmp_path / "x.pt").write_bytes(repacked((tmp_path / "x.pt").read_bytes(), lambda name, inner: inner[:-1] + b")R." if name.endswith("data.pkl") else inner))
+    with pytest.raises(ValueError, match="x.pt was refused, .*unrecognized function a tensor") as told: read_tensors(tmp_path / "x.pt")
+    assert len(str(told.value)) < 1000
+    tally("checkpoints, zip.pt", "refused")
+
+
 def test_the_harmful_pickles_do_harm(tmp_path):
     "The bait works: read by pickle itself, these do what is never done here."
     worked = 0
