@@ -53,6 +53,11 @@ def name_of(asked: dict) -> str:      # 16 hex digits
     return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 # %% ../../nbs/evals/31_results.ipynb #a34ba1a2
+def _plain(asked: dict) -> dict:
+    "What was asked, as a file says; ValueError where something that a table shows is no single value."
+    if odd := [k for k in ("model", "data", "target", "task") if isinstance(asked[k], (list, dict))]: raise ValueError(f"its {odd[0]} is {asked[odd[0]]!r:.100}; expected a name")
+    return dict(asked)
+
 class Results:
     "A folder of bundles."
     def __init__(self, folder: str | Path): self.folder = Path(folder)
@@ -96,7 +101,7 @@ class Results:
         if answers is None and content.get("answers"): raise ValueError(f"{self._file(found[0])} has lost its answers, {content['answers']}; delete it and evaluate again")
         try: rows = None if answers is None else pd.read_parquet(answers)
         except (ValueError, OSError) as error: raise ValueError(f"{answers} cannot be read as parquet ({error}); delete it and evaluate again") from error
-        return read_record(self._file(found[0]), lambda c: Bundle(dict(c["asked"]), pd.DataFrame(c["rows"]), rows, c["details"], tuple(c["notes"]), c["made"]), "delete it and evaluate again")
+        return read_record(self._file(found[0]), lambda c: Bundle(_plain(c["asked"]), pd.DataFrame(c["rows"]), rows, c["details"], tuple(c["notes"]), c["made"]), "delete it and evaluate again")
 
     def __iter__(self) -> Iterator[Bundle]: return map(self.get, self.names())
 

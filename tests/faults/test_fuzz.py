@@ -372,6 +372,16 @@ def test_an_edited_record_is_read_or_refused(records, data):
     finally: file.write_text(text)
 
 
+@pytest.mark.parametrize("what, value", [("task", []), ("model", {}), ("data", [[]])])
+def test_a_result_whose_question_has_no_names(tmp_path, what, value):
+    "Found by the long form."
+    file = Results(tmp_path).save(nursery.bundle_of(1, 4))
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"asked": content["asked"] | {what: value}}))
+    with pytest.raises(ValueError, match=f"{file.name} is not as it was written .*its {what} is"): Results(tmp_path).table()
+    tally("JSON, result", "refused")
+
+
 @fuzz(100, 5000)
 @given(changes=st.one_of(st.just([]), damage(4)), trap=st.sampled_from(["", "", "<!DOCTYPE a>", "<!DOCTYPE a [<!ENTITY x 'y'>]>", "<!ENTITY x 'y'>"]), codec=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp037"]))
 def test_any_xml_is_read_or_refused(tmp_path_factory, changes, trap, codec):

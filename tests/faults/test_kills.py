@@ -210,7 +210,7 @@ def test_training(start, tmp_path, monkeypatch):
         for line in lines[:-1]: json.loads(line)
         state.update(step=newest, done="done" in said)
         for file in run.glob("*.safetensors"): assert read_tensors(file).tensors
-    whole = survived("training", start, tmp_path / "x", check, seed=lambda i: 0, begin=begin, kills=(3, 50))
+    whole = survived("training", start, tmp_path / "x", check, seed=lambda i: 0, begin=begin, kills=(1, 50))
     while not state.get("done"):
         found, said = start("training", tmp_path / "x")
         check(tmp_path / "x", said, [])
