@@ -130,7 +130,10 @@ def _said_of(file: Path, read: Callable, **options):
 def _read_parquet(files: list[Path], image: str | None, caption: str | None) -> tuple[_ArrowRows, str, str]:
     names = _said_of(files[0], parquet.read_schema).names
     image, caption = _column(image, IMAGE_COLUMNS, names, "image", str(files[0])), _column(caption, CAPTION_COLUMNS, names, "caption", str(files[0]))
-    tables = [_said_of(file, parquet.read_table, columns=[image, caption]) for file in files]
+    def whole(file: Path, columns: list[str]) -> pa.Table:
+        (table := parquet.read_table(file, columns=columns)).validate(full=True)      # also that captions are UTF-8, which reading them later takes for granted
+        return table
+    tables = [_said_of(file, whole, columns=[image, caption]) for file in files]
     if odd := next((i for i, t in enumerate(tables) if t.schema.types != tables[0].schema.types), 0): raise ValueError(f"{files[odd]} has columns of the types {tables[odd].schema.types}, and {files[0]} of {tables[0].schema.types}; expected the same in each shard")
     return _ArrowRows(pa.concat_tables(tables)), image, caption
 
