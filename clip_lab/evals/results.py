@@ -85,8 +85,9 @@ class Results:
         "The file with the answers of a bundle; those of an earlier version have the name of the bundle."
         try: told = self._content(name).get("answers", f"{name}.parquet")
         except ValueError: return None
-        file = self.folder / Path(str(told or "")).name            # whatever the JSON says, in no other folder
-        return file if told and file.is_file() else None
+        if not isinstance(told, str) or not 0 < len(told) < 100: return None
+        file = self.folder / Path(told).name                  # whatever the JSON says, in no other folder
+        return file if file.is_file() else None
 
     def names(self) -> list[str]:
         "All bundles, in the order of their names."
@@ -98,7 +99,7 @@ class Results:
         found = [n for n in self.names() if n.startswith(name)]
         if len(found) != 1: raise KeyError(f"{self.folder} has {len(found) or 'no'} bundle{'s' * (len(found) > 1)} {name!r}" + (f": {', '.join(found[:5])}" if found else f" among {len(self.names())}"))
         content, answers = self._content(found[0]), self._answers(found[0])
-        if answers is None and content.get("answers"): raise ValueError(f"{self._file(found[0])} has lost its answers, {content['answers']}; delete it and evaluate again")
+        if answers is None and content.get("answers"): raise ValueError(f"{self._file(found[0])} has lost its answers, {str(content['answers'])[:100]}; delete it and evaluate again")
         try: rows = None if answers is None else pd.read_parquet(answers)
         except (ValueError, OSError) as error: raise ValueError(f"{answers} cannot be read as parquet ({error}); delete it and evaluate again") from error
         return read_record(self._file(found[0]), lambda c: Bundle(_plain(c["asked"]), pd.DataFrame(c["rows"]), rows, c["details"], tuple(c["notes"]), c["made"]), "delete it and evaluate again")

@@ -379,6 +379,8 @@ def test_a_result_whose_question_has_no_names(tmp_path, what, value):
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"asked": content["asked"] | {what: value}}))
     with pytest.raises(ValueError, match=f"{file.name} is not as it was written .*its {what} is"): Results(tmp_path).table()
+    file.write_text(json.dumps(content | {"answers": {"x" * 300: value}}))
+    with pytest.raises(ValueError, match=f"{file.name} has lost its answers"): Results(tmp_path).table()
     tally("JSON, result", "refused")
 
 
