@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items):
         if "faults" in item.path.parts and FORM == "long": item.add_marker(pytest.mark.timeout(3600))
 
 
-def name_of(item) -> str: return item.nodeid.rpartition("/")[2].partition("[")[0]
+def name_of(item) -> str: return item.nodeid.partition("[")[0].rpartition("/")[2]
 
 
 def pytest_runtest_setup(item): NOW[0] = name_of(item)
