@@ -8,7 +8,6 @@ __all__ = ['MOST_PACKED', 'TensorFile', 'read_tensors', 'write_tensors']
 # %% ../nbs/08a_archives.ipynb #ece76a66
 from collections.abc import Iterator, Mapping
 import io
-import os
 from pathlib import Path
 import pickle
 import re
@@ -19,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 import torch
 from torch import Tensor
+
+from .whole import whole
 
 # %% ../nbs/08a_archives.ipynb #9d64bcc4
 _STORAGES = {f"{n}Storage": d for n, d in dict(
@@ -101,6 +102,10 @@ def _is_archive(path: Path) -> bool:
     return any(i.filename.endswith("/constants.pkl") for i in parts)
 
 # %% ../nbs/08a_archives.ipynb #16e2a413
+def _said(error: Exception) -> str:
+    "What an error says, in a line; torch's tells how to trust the file, and may print tensors whose contents were never read."
+    return re.sub(r"tensor\(.*", "a tensor", " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split()))[:500]
+
 def read_tensors(
     path: str | Path,                    # .safetensors, or any file of torch.save or torch.jit.save
 ) -> TensorFile:
@@ -114,8 +119,8 @@ def read_tensors(
         return TensorFile(_read_pickle(path), {}, False)
     except SafetensorError as e: raise ValueError(f"{path} is not a complete safetensors file ({e}); fetch it again") from e
     except pickle.UnpicklingError as e:
-        raise ValueError(f"{path} was refused, because opening it could run code: {e}. Ask its author for safetensors") from e
-    except Exception as e: raise ValueError(f"{path} cannot be read as a checkpoint: {e}") from e
+        raise ValueError(f"{path} was refused, because opening it could run code: {_said(e)}. Ask its author for safetensors") from e
+    except Exception as e: raise ValueError(f"{path} cannot be read as a checkpoint: {_said(e)}") from e
 
 # %% ../nbs/08a_archives.ipynb #a81604b3
 def write_tensors(
@@ -127,13 +132,11 @@ def write_tensors(
     path = Path(path)
     if path.suffix != ".safetensors": raise ValueError(f"{path} should end in .safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.touch()
-        mode = partial.stat().st_mode      # what a new file gets here; save_file would make it private
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial, metadata=dict(metadata))
-        partial.chmod(mode)
-        os.replace(partial, path)
+        with whole(path) as part:
+            part.touch()
+            mode = part.stat().st_mode      # what a new file gets here; save_file would make it private
+            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, part, metadata=dict(metadata))
+            part.chmod(mode)
     except (OSError, SafetensorError) as e: raise OSError(f"{path} could not be written ({e}); what stood there before is unchanged") from e
-    finally: partial.unlink(missing_ok=True)
     return path

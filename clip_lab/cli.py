@@ -357,6 +357,6 @@ def report(run: Annotated[Path, typer.Argument(help="The output folder of a trai
 def main():
     "The `clip-lab` command."
     try: app(prog_name="clip-lab")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         _say(error)
         sys.exit(1)

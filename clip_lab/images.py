@@ -10,6 +10,7 @@ __all__ = ['Source', 'OPENAI_MEAN', 'OPENAI_STD', 'ImageError', 'describe', 'cou
 import hashlib
 import io
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -182,8 +183,8 @@ class Preprocess:
             object.__setattr__(self, key, tuple(float(value) for value in getattr(self, key)))
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
             raise ValueError(f"size is {self.size!r}: expected a whole number of pixels, 1 or more")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean {self.mean}, std {self.std}: expected three values each, std above 0")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0 or not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise ValueError(f"mean {self.mean}, std {self.std}: expected three finite values each, std above 0")
         if self.background is not None:
             ImageColor.getrgb(self.background)  # ValueError names a colour that Pillow does not know
 

@@ -13,7 +13,6 @@ import difflib
 import hashlib
 from importlib import resources
 import json
-import os
 from pathlib import Path
 import re
 
@@ -27,6 +26,7 @@ from .layouts import (check_state, from_openai, hf_config, infer_config, open_cl
                               read_open_clip_config, to_openai, unset)
 from .locked import LockedConfig, config_of, with_tower, without_tower
 from .model import CLIP, CONFIGS, CLIPConfig
+from .whole import whole, write_whole
 
 # %% ../nbs/08c_pretrained.ipynb #4697abc2
 @dataclass(frozen=True)
@@ -59,14 +59,17 @@ def available_models() -> list[str]:
     return [*RELEASED, *EMBEDDED]
 
 # %% ../nbs/08c_pretrained.ipynb #d582612a
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20): digest.update(block)
+    return digest.hexdigest()
+
 def _check_released(path: Path) -> None:
     "ValueError if a file with the name of one of OpenAI's does not have its SHA-256."
     released = next((r for r in RELEASED.values() if r.file == path.name), None)
     if released is None: return
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20): digest.update(block)
-    if (found := digest.hexdigest()) != released.sha256:
+    if (found := _sha256(path)) != released.sha256:
         raise ValueError(f"{path} has the name of OpenAI's file but not its content: SHA-256 {found[:16]}..., expected {released.sha256[:16]}... "
                          f"({path.stat().st_size:,} bytes, possibly a truncated download). Delete it and fetch {released.url}, or rename it if it is a file of your own")
 
@@ -111,8 +114,10 @@ def _facts(path: Path, layout: str) -> dict:
     if layout == "openai": return dict(activation="quickgelu")
     name, read = ("config.json", read_hf_config) if layout == "hf" else ("open_clip_config.json", read_open_clip_config)
     if (content := _json_beside(path, name)) is None: return {}
-    try: return read(content)
-    except ValueError as e: raise ValueError(f"{path.parent / name}: {e}") from None
+    try: facts = read(content)
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as e: raise ValueError(f"{path.parent / name}: {e}") from None
+    if odd := {k: v for k, v in facts.items() if k.endswith("heads") and not (v is None or type(v) is int and 0 < v < 2 ** 31)}: raise ValueError(f"{path.parent / name} gives {odd}; expected whole numbers of heads")
+    return facts
 
 def _settle_activation(path: Path, known: str | None, asked: str | None) -> str:
     "The activation to compute with; ValueError where nobody knows it or two sources disagree."
@@ -139,11 +144,16 @@ def _open_clip_transform(path: Path, size: int) -> tuple[dict, dict, dict]:
 def _transform_of(path: Path, layout: str, size: int) -> Preprocess:
     "The transform described beside the weights, or OpenAI's; ValueError where it is one that we do not have."
     if layout == "openai": return make_preprocess(size)
-    asked, usual, statistics = (_hf_transform if layout == "hf" else _open_clip_transform)(path, size)
+    try:
+        asked, usual, statistics = (_hf_transform if layout == "hf" else _open_clip_transform)(path, size)
+        statistics = {k: tuple(map(float, v)) for k, v in statistics.items()}
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as e:
+        raise ValueError(str(e) if str(path.parent) in str(e) else f"the files beside {path} describe no picture transform ({type(e).__name__}: {e}); fetch them again") from e
     if asked != usual:
         raise ValueError(f"the files beside {path} describe a picture transform {asked}, expected {usual}; "
                          "load the weights file from a directory of its own and bring your own transform")
-    return make_preprocess(size, **{k: tuple(v) for k, v in statistics.items()})
+    try: return make_preprocess(size, **statistics)
+    except ValueError as e: raise ValueError(f"the files beside {path}: {e}") from e
 
 # %% ../nbs/08c_pretrained.ipynb #fc82da75
 @dataclass(frozen=True)
@@ -204,6 +214,14 @@ def read(
     check_state(state, config, str(path))
     return Checkpoint(path, layout, state, config, transform, notes)
 
+# %% ../nbs/08c_pretrained.ipynb #9c56b926
+def _check_download(file: Path) -> None:
+    "OSError, and the file is gone, if what the hub sent is not what it had announced: its cache names large files by their SHA-256."
+    blob = file.resolve()
+    if not re.fullmatch("[0-9a-f]{64}", blob.name) or _sha256(blob) == blob.name: return
+    blob.unlink(), file.unlink(missing_ok=True)
+    raise OSError(f"what it sent as {file.name} does not have the SHA-256 that it announced, {blob.name[:16]}...")
+
 # %% ../nbs/08c_pretrained.ipynb #d99f7b86
 def _ask_once(url: str):
     "One question to the hub, without a second try: `hf_hub_download` asks a hub that is not there for half a minute. What the hub answers is left to it."
@@ -221,7 +239,9 @@ def _hub_file(repo: str, names: tuple[str, ...], advice: str, revision=None, cac
         for name in names:
             try:
                 if not offline: _ask_once(hf_hub_url(repo, name, revision=revision))
-                return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, local_files_only=offline))
+                file = Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, local_files_only=offline))
+                if not offline: _check_download(file)
+                return file
             except LocalEntryNotFoundError as e:
                 if not offline: reason += f", and the hub cannot be reached ({str(e.__cause__ or e).splitlines()[0]:.120})"; break
             except EntryNotFoundError: continue
@@ -304,12 +324,9 @@ def _torch_save(state: Mapping[str, Tensor], config: CLIPConfig, path: Path) -> 
         raise ValueError(f"OpenAI's layout stores neither activation nor heads, and OpenAI's code would compute {config} differently; use the layout 'open_clip' or 'clip_lab'")
     if path.name in {r.file for r in RELEASED.values()}: raise ValueError(f"{path.name} is the name of OpenAI's own file, whose hash is checked; choose another")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        torch.save(from_openai(state, "openai"), partial)
-        os.replace(partial, path)
+        with whole(path) as part: torch.save(from_openai(state, "openai"), part)
     except (OSError, RuntimeError) as e: raise OSError(f"{path} could not be written ({e}); what stood there before is unchanged") from e
-    finally: partial.unlink(missing_ok=True)
     return path
 
 def _write_directory(c: Checkpoint, state: Mapping[str, Tensor], folder: Path, layout: str) -> Path:
@@ -325,7 +342,7 @@ def _write_directory(c: Checkpoint, state: Mapping[str, Tensor], folder: Path, l
             model_cfg=open_clip_config(c.config, layout == "open_clip_custom"),
             preprocess_cfg=dict(mean=mean, std=std, interpolation="bicubic", resize_mode="shortest"))}
     write_tensors(from_openai(state, layout), folder / weights, {"format": "pt"})
-    for name, content in texts.items(): (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    for name, content in texts.items(): write_whole(folder / name, json.dumps(content, indent=2) + "\n")
     return folder
 
 # %% ../nbs/08c_pretrained.ipynb #d7efe32d

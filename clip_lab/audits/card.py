@@ -32,6 +32,7 @@ from ..evals.zeroshot import TextWeights
 from ..images import counted
 from ..model import CLIP
 from ..pretrained import weights_hash
+from ..whole import read_record
 
 # %% ../../nbs/audits/47_card.ipynb #cf7bf0cb
 @dataclass(frozen=True, eq=False)
@@ -239,8 +240,7 @@ def write_audit(audit: Audit, folder: str | Path, **files: str) -> Path:        
 def read_audit(folder: str | Path) -> Audit:
     "The audit of a folder, after its seal was checked."
     check_seal(folder)
-    try: return Audit.from_dict(json.loads((Path(folder) / "audit.json").read_text(encoding="utf-8")))
-    except (KeyError, TypeError) as error: raise ValueError(f"{folder}/audit.json is not an audit of this version: {error!r}") from error
+    return read_record(Path(folder) / "audit.json", Audit.from_dict, "make the audit again, or ask its author")
 
 # %% ../../nbs/audits/47_card.ipynb #1481622e
 def repeat(report: Audit, model: CLIP, preprocess, people: People, **embedding) -> Audit:

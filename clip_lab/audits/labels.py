@@ -27,6 +27,7 @@ from ..evals.zeroshot import TextWeights, _check_rows, _chunks
 from ..images import counted
 from ..model import CLIP
 from ..tokenizer import clean
+from ..whole import write_whole
 
 # %% ../../nbs/audits/41_labels.ipynb #42ae966d
 @dataclass(frozen=True)
@@ -146,8 +147,7 @@ def to_plain(labels: LabelSet) -> dict:
 
 def save_labels(labels: LabelSet, file: str | Path) -> Path:
     "Write a label set as YAML that `read_labels` reads back."
-    Path(file).write_text(yaml.safe_dump(to_plain(labels), sort_keys=False, allow_unicode=True, width=160), encoding="utf-8")
-    return Path(file)
+    return write_whole(file, yaml.safe_dump(to_plain(labels), sort_keys=False, allow_unicode=True, width=160))
 
 def _keys(found, needed: Sequence[str], optional: Sequence[str], where: str) -> dict:
     if not isinstance(found, dict): raise ValueError(f"{where} is {found!r}; expected {', '.join(needed)}")

@@ -36,6 +36,7 @@ from ..evals.stats import Estimate, interval, proportion
 from ..evals.zeroshot import TextWeights, evaluate_features
 from ..model import CLIP
 from ..pretrained import load, weights_hash
+from ..whole import read_record
 
 # %% ../../nbs/audits/48_photos.ipynb #cae62e03
 KINDS: dict[str, str] = {                    # the beginning of a folder's name -> what to call it
@@ -142,8 +143,7 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
 def read_card(path=WEIGHTS / "photos.card.json") -> tuple[pd.DataFrame, dict]:
     "The table and the facts that `write_card` stored; FileNotFoundError says how to make them."
     if not path.is_file(): raise FileNotFoundError(f"{path} is not there; run `python -m clip_lab.audits.photos --write clip_lab/assets/weights` to measure it")
-    content = json.loads(path.read_text())
-    return pd.DataFrame(content["rows"]), content["measured"]
+    return read_record(path, lambda c: (pd.DataFrame(c["rows"]), dict(c["measured"])), "measure the card again")
 
 def write_card(table: pd.DataFrame, measured: dict, folder: Path) -> None:
     "Write `photos.card.json` and `MODEL_CARD_photos.md` into `folder`."
@@ -208,6 +208,9 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 # %% ../../nbs/audits/48_photos.ipynb #78f0e380
+#| eval: false
+#| eval: false
+#| eval: false
 #| eval: false
 # A notebook has no __file__: there, nothing is measured.
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main(sys.argv[1:]))

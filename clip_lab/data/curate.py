@@ -9,7 +9,6 @@ __all__ = ['NO_LIMIT', 'Matcher', 'pair_hash', 'selection_limits', 'TarShard', '
 # %% ../../nbs/data/07f_curate.ipynb #8ae5d574
 import hashlib
 import json
-import os
 import re
 import shutil
 import tarfile
@@ -17,20 +16,19 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import groupby
 from math import ceil
 from multiprocessing import get_context
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..whole import read_record, whole
 from .queries import normalise
 
 # %% ../../nbs/data/07f_curate.ipynb #5fa31dc2
@@ -179,14 +177,6 @@ def open_shard(path: Path, caption_column: str = "caption", key_column: str | No
         case suffix: raise ValueError(f"{path}: cannot read shards with suffix {suffix!r}; expected .tar (webdataset, not compressed) or .parquet")
 
 # %% ../../nbs/data/07f_curate.ipynb #50f5b1e3
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    part = target.with_name(f".{target.name}.{uuid4().hex}.part")      # no two writers share a name, and both write the same bytes
-    try:
-        yield part
-        os.replace(part, target)
-    finally: part.unlink(missing_ok=True)
-
 @dataclass(frozen=True)
 class Job:
     "What a worker needs to know."
@@ -213,7 +203,7 @@ def _matcher(job: Job) -> Matcher:
 def _match_shard(job: Job, shard: Path) -> None:
     if job.counted(shard).exists(): return
     matcher, reasons, pairs, seen = _matcher(job), Counter(), 0, set()
-    with _whole(job.matches(shard)) as part, pq.ParquetWriter(part, _MATCHES) as out:
+    with whole(job.matches(shard)) as part, pq.ParquetWriter(part, _MATCHES) as out:
         queries, hashes = array("i"), array("Q")
         def flush():
             out.write_table(pa.table([np.frombuffer(queries, np.int32), np.frombuffer(hashes, np.uint64)], schema=_MATCHES))
@@ -227,7 +217,7 @@ def _match_shard(job: Job, shard: Path) -> None:
             seen.add(number)
             if len(queries) > 1 << 18: flush()
         if queries: flush()
-    with _whole(job.counted(shard)) as part: part.write_text(json.dumps({"pairs": pairs, "skipped": reasons}))
+    with whole(job.counted(shard)) as part: part.write_text(json.dumps({"pairs": pairs, "skipped": reasons}))
 
 # %% ../../nbs/data/07f_curate.ipynb #f9923940
 def _read_matches(job: Job, shards: Iterable[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -244,7 +234,7 @@ def _keep_shard(job: Job, shard: Path) -> None:
         if (number := job.hash(key, caption)) not in kept: return False
         kept.remove(number)      # the same key and caption once more in this shard is a duplicate
         return True
-    with _whole(target) as part: job.open(shard).copy(part, keep)
+    with whole(target) as part: job.open(shard).copy(part, keep)
 
 # %% ../../nbs/data/07f_curate.ipynb #bfea9fc4
 def _attempt(task: Callable[[Job, Path], None], job: Job, shard: Path) -> None:
@@ -287,14 +277,15 @@ class CurateReport:
     def save(self, folder: Path) -> None:
         "Writes report.parquet and then report.json, which says that the job is done."
         plain = {k: v for k, v in self.__dict__.items() if k != "queries"}
-        with _whole(Path(folder) / "report.parquet") as part: pq.write_table(pa.Table.from_pandas(self.queries, preserve_index=False), part)
-        with _whole(Path(folder) / "report.json") as part: part.write_text(json.dumps(plain, indent=1, sort_keys=True))
+        with whole(Path(folder) / "report.parquet") as part: pq.write_table(pa.Table.from_pandas(self.queries, preserve_index=False), part)
+        with whole(Path(folder) / "report.json") as part: part.write_text(json.dumps(plain, indent=1, sort_keys=True))
 
     @classmethod
     def load(cls, folder: Path) -> "CurateReport":
         "Reads the report of a finished job."
         if not (file := Path(folder) / "report.json").is_file(): raise FileNotFoundError(f"{file} is missing: no job was finished in this folder")
-        return cls(queries=pq.read_table(Path(folder) / "report.parquet").to_pandas(), **json.loads(file.read_text()))
+        queries = pq.read_table(Path(folder) / "report.parquet").to_pandas()
+        return read_record(file, lambda values: cls(queries=queries, **values), "run the job again")
 
 # %% ../../nbs/data/07f_curate.ipynb #af0a553b
 def _report(job: Job, shards: list[Path], queries: pd.DataFrame, before: np.ndarray) -> CurateReport:
@@ -325,8 +316,8 @@ def _claim(job: Job, shards: list[Path], queries: pd.DataFrame) -> None:
             raise ValueError(f"{job.folder} holds another job: {'; '.join(differ[:4])}{' …' * (len(differ) > 4)}. Take the old settings to go on with it, or another folder")
         for part in job.folder.glob("**/.*.part"): part.unlink(missing_ok=True)      # of a run that was killed
     else:
-        with _whole(job.folder / "queries.parquet") as part: pq.write_table(pa.table({c: queries[c].tolist() for c in ("query", "sources")}), part)
-        with _whole(file) as part: part.write_text(json.dumps(wanted, indent=1))
+        with whole(job.folder / "queries.parquet") as part: pq.write_table(pa.table({c: queries[c].tolist() for c in ("query", "sources")}), part)
+        with whole(file) as part: part.write_text(json.dumps(wanted, indent=1))
 
 def _checked(shards: Iterable[Path | str], queries: pd.DataFrame, t: int, seed: int, workers: int, executor: str) -> list[Path]:
     shards = sorted((Path(s) for s in shards), key=lambda s: s.name)
@@ -367,7 +358,7 @@ def curate(
         for numbers, _ in _read_matches(job, shards): before += np.bincount(numbers, minlength=len(queries))
         if not (job.folder / ".work" / "limits.npy").is_file():
             limits = selection_limits(partial(_read_matches, job, shards), before, t, select_rows)
-            with _whole(job.folder / ".work" / "limits.npy") as part, part.open("wb") as file: np.save(file, limits)
+            with whole(job.folder / ".work" / "limits.npy") as part, part.open("wb") as file: np.save(file, limits)
         _each(_keep_shard, job, shards, workers, executor)
         _report(job, shards, queries, before).save(job.folder)
     shutil.rmtree(job.folder / ".work", ignore_errors=True)

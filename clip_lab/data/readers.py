@@ -8,7 +8,7 @@ __all__ = ['REASONS', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'SUFFIXES', 'KINDS', '
            'open_pairs']
 
 # %% ../../nbs/data/07b_readers.ipynb #e62dde2c
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from glob import glob
@@ -131,10 +131,20 @@ def _read_jsonl(file: Path, image: str | None, caption: str | None) -> tuple[lis
     image, caption = _column(image, IMAGE_COLUMNS, names, "image", str(file)), _column(caption, CAPTION_COLUMNS, names, "caption", str(file))
     return [{k: row.get(k) for k in (image, caption)} for row in rows], image, caption
 
+def _said_of(file: Path, read: Callable, **options):
+    "What `read` makes of a parquet file; what Arrow says of a damaged one, with its name."
+    try: return read(file, **options)
+    except (pa.ArrowException, OSError) as error: raise ValueError(f"{file} cannot be read as parquet: {error}; fetch it again") from error
+
 def _read_parquet(files: list[Path], image: str | None, caption: str | None) -> tuple[_ArrowRows, str, str]:
-    names = parquet.read_schema(files[0]).names
+    names = _said_of(files[0], parquet.read_schema).names
     image, caption = _column(image, IMAGE_COLUMNS, names, "image", str(files[0])), _column(caption, CAPTION_COLUMNS, names, "caption", str(files[0]))
-    return _ArrowRows(pa.concat_tables([parquet.read_table(file, columns=[image, caption]) for file in files])), image, caption
+    def whole(file: Path, columns: list[str]) -> pa.Table:
+        (table := parquet.read_table(file, columns=columns)).validate(full=True)      # also that captions are UTF-8, which reading them later takes for granted
+        return table
+    tables = [_said_of(file, whole, columns=[image, caption]) for file in files]
+    if odd := next((i for i, t in enumerate(tables) if t.schema.types != tables[0].schema.types), 0): raise ValueError(f"{files[odd]} has columns of the types {tables[odd].schema.types}, and {files[0]} of {tables[0].schema.types}; expected the same in each shard")
+    return _ArrowRows(pa.concat_tables(tables)), image, caption
 
 def _table(kind: str, files: list[Path], image: str | None, caption: str | None, separator: str | None) -> TableSource:
     file, name = files[0], files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['VEHICLES', 'BOUNDS', 'EMOTIONS', 'USAGE', 'MEMES', 'RACES', 'AGES', 'LAYOUTS', 'lines', 'table', 'aircraft', 'pets',
-           'mat_arrays', 'flowers', 'cars', 'voc', 'distance_class', 'kitti', 'clevr', 'gtsrb', 'fer', 'memes',
-           'fairface', 'celeba', 'flickr', 'coco']
+           'mat_arrays', 'flowers', 'cars', 'read_xml', 'voc', 'distance_class', 'kitti', 'clevr', 'gtsrb', 'fer',
+           'memes', 'fairface', 'celeba', 'flickr', 'coco']
 
 # %% ../../nbs/data/07j_tables.ipynb #6956dc2e
 from collections.abc import Iterator
 import csv
 import json
 from pathlib import Path
+import re
 from xml.etree import ElementTree
 
 import numpy as np
@@ -80,6 +81,14 @@ def cars(root: Path) -> Found:
             rows.append(Row(f"cars_{split}/{picture}", names[number - 1], split))
     return gather(root, rows, {"class": names})
 
+# %% ../../nbs/data/07j_tables.ipynb #8a657a43
+def read_xml(file: Path) -> ElementTree.Element:
+    "The root of an XML file without a document type, which could name other files or repeat itself without end; LayoutError names a file that has one."
+    text = file.read_bytes().decode("utf-8-sig", "replace")        # text, so that nothing is parsed as another encoding than what was looked at
+    if trap := re.search("<!(DOCTYPE|ENTITY)", text): raise LayoutError(f"{file} has a {trap[1]}, which no annotation needs and which may hide other files or endless text; delete it, or fetch the file again")
+    try: return ElementTree.fromstring(text)
+    except ElementTree.ParseError as error: raise LayoutError(f"{file} is not readable XML ({error})") from error
+
 # %% ../../nbs/data/07j_tables.ipynb #3886e6aa
 def voc(root: Path, year: int = 2007) -> Found:
     folder = need(root, f"VOCdevkit/VOC{year}", f"VOC{year}", ".")
@@ -87,9 +96,7 @@ def voc(root: Path, year: int = 2007) -> Found:
     for split, file in (("train", "trainval"), ("test", "test")):
         for name, *_ in lines(need(folder, f"ImageSets/Main/{file}.txt")):
             note = need(folder, f"Annotations/{name}.xml")
-            try: objects = ElementTree.parse(note).getroot().iter("object")
-            except ElementTree.ParseError as error: raise LayoutError(f"{note} is not readable XML ({error})") from error
-            rows.append(Row(folder / "JPEGImages" / f"{name}.jpg", tuple(sorted({o.findtext("name") for o in objects})), split, name))
+            rows.append(Row(folder / "JPEGImages" / f"{name}.jpg", tuple(sorted({o.findtext("name") or "" for o in read_xml(note).iter("object")})), split, name))
     return gather(folder, rows, {"class": words("voc2007").keys})
 
 # %% ../../nbs/data/07j_tables.ipynb #fde9e4e5

@@ -20,6 +20,7 @@ from ..data import emoji, offline
 from ..data.evalset import EvalSet
 from .suite import run
 from ..model import CLIP
+from ..whole import read_record
 
 # %% ../../nbs/evals/33_embedded.ipynb #cd92611d
 QUESTIONS = {"emoji": ("caption", "thing", "group"), "stamps": ("caption", "folder")}
@@ -64,8 +65,7 @@ CARD_JSON = resources.files("clip_lab") / "assets" / "weights" / "emoji.card.jso
 def read_card(path=CARD_JSON) -> tuple[pd.DataFrame, dict]:
     "The table and the facts that `write_card` stored; FileNotFoundError says how to make them."
     if not path.is_file(): raise FileNotFoundError(f"{path} is not there; run `clip-lab card --write clip_lab/assets/weights` to measure it")
-    content = json.loads(path.read_text())
-    return pd.DataFrame(content["rows"]), content["measured"]
+    return read_record(path, lambda c: (pd.DataFrame(c["rows"]), dict(c["measured"])), "measure the card again")
 
 def as_percent(table: pd.DataFrame) -> pd.DataFrame:
     "The table in words for people: `62.1 % [60.5, 63.6]`, n and chance."

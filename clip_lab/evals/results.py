@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import pandas as pd
 
 from .. import __version__
+from ..whole import read_record, write_whole
 from .stats import bootstrap, difference, mcnemar
 
 # %% ../../nbs/evals/31_results.ipynb #e20dd693
@@ -53,6 +53,11 @@ def name_of(asked: dict) -> str:      # 16 hex digits
     return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 # %% ../../nbs/evals/31_results.ipynb #a34ba1a2
+def _plain(asked: dict) -> dict:
+    "What was asked, as a file says; ValueError where something that a table shows is no single value."
+    if odd := [k for k in ("model", "data", "target", "task") if isinstance(asked[k], (list, dict))]: raise ValueError(f"its {odd[0]} is {asked[odd[0]]!r:.100}; expected a name")
+    return dict(asked)
+
 class Results:
     "A folder of bundles."
     def __init__(self, folder: str | Path): self.folder = Path(folder)
@@ -68,32 +73,21 @@ class Results:
         name = None if answers is None else f"{bundle.id}.{hashlib.sha256(answers).hexdigest()[:12]}.parquet"
         text = json.dumps(bundle.to_dict() | {"answers": name}, ensure_ascii=False, indent=1, allow_nan=False).encode()
         before = self._answers(bundle.id) if bundle.asked in self else None
-        if answers is not None: self._write(self.folder / name, answers)
-        file = self._write(self._file(bundle.id), text)       # from here on the new answers are meant
+        if answers is not None: write_whole(self.folder / name, answers)
+        file = write_whole(self._file(bundle.id), text)       # from here on the new answers are meant
         if before and before.name != name: before.unlink(missing_ok=True)
         return file
 
     def _content(self, name: str) -> dict:
-        file = self._file(name)
-        try: return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error: raise ValueError(f"{file} is not a result ({error}); delete it and evaluate again") from error
+        return read_record(self._file(name), dict, "delete it and evaluate again")
 
     def _answers(self, name: str) -> Path | None:
         "The file with the answers of a bundle; those of an earlier version have the name of the bundle."
         try: told = self._content(name).get("answers", f"{name}.parquet")
         except ValueError: return None
-        file = self.folder / Path(told or "").name            # whatever the JSON says, in no other folder
-        return file if told and file.is_file() else None
-
-    def _write(self, file: Path, data: bytes) -> Path:
-        fresh = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            fresh.write_bytes(data)
-            fresh.replace(file)
-        except OSError as error:
-            fresh.unlink(missing_ok=True)
-            raise OSError(f"{file} could not be written ({error}); what stood there before is unchanged") from error
-        return file
+        if not isinstance(told, str) or not 0 < len(told) < 100: return None
+        file = self.folder / Path(told).name                  # whatever the JSON says, in no other folder
+        return file if file.is_file() else None
 
     def names(self) -> list[str]:
         "All bundles, in the order of their names."
@@ -105,8 +99,10 @@ class Results:
         found = [n for n in self.names() if n.startswith(name)]
         if len(found) != 1: raise KeyError(f"{self.folder} has {len(found) or 'no'} bundle{'s' * (len(found) > 1)} {name!r}" + (f": {', '.join(found[:5])}" if found else f" among {len(self.names())}"))
         content, answers = self._content(found[0]), self._answers(found[0])
-        if answers is None and content.get("answers"): raise ValueError(f"{self._file(found[0])} has lost its answers, {content['answers']}; delete it and evaluate again")
-        return Bundle(content["asked"], pd.DataFrame(content["rows"]), None if answers is None else pd.read_parquet(answers), content["details"], tuple(content["notes"]), content["made"])
+        if answers is None and content.get("answers"): raise ValueError(f"{self._file(found[0])} has lost its answers, {str(content['answers'])[:100]}; delete it and evaluate again")
+        try: rows = None if answers is None else pd.read_parquet(answers)
+        except (ValueError, OSError) as error: raise ValueError(f"{answers} cannot be read as parquet ({error}); delete it and evaluate again") from error
+        return read_record(self._file(found[0]), lambda c: Bundle(_plain(c["asked"]), pd.DataFrame(c["rows"]), rows, c["details"], tuple(c["notes"]), c["made"]), "delete it and evaluate again")
 
     def __iter__(self) -> Iterator[Bundle]: return map(self.get, self.names())
 

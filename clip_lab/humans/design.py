@@ -26,6 +26,7 @@ from ..data.plain import naming, read_plain
 from ..data.sets import open_set
 from .drawings import emoji_study
 from ..images import counted
+from ..whole import write_whole
 
 # %% ../../nbs/humans/50_design.ipynb #32127784
 DONT_KNOW = "I don't know"
@@ -177,8 +178,7 @@ def save_design(design: Design, file: str | Path) -> Path:
     file, values = Path(file), design.to_dict()
     if file.suffix.lower() not in (".yaml", ".yml", ".json"): raise ValueError(f"{file}: a design is saved as .yaml or .json")
     if file.exists() and read_design(file) != design: raise FileExistsError(f"{file} holds another design; raise its version and choose another file, so that old answers keep their design")
-    file.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n" if file.suffix.lower() == ".json" else yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120), "utf-8")
-    return file
+    return write_whole(file, json.dumps(values, indent=1, ensure_ascii=False) + "\n" if file.suffix.lower() == ".json" else yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
 
 # %% ../../nbs/humans/50_design.ipynb #5ff68484
 @dataclass(frozen=True)

@@ -369,7 +369,7 @@ def people_table(store: Store) -> pd.DataFrame:
         study, checks = mine[mine.kind == "study"], mine[mine.kind == "attention"]
         state = "left" if person.gone else "finished" if not pd.isna(person.finished) else "active" if person.seen >= _now() - store.release_after else "silent"
         rows.append({"participant": person.participant, "seat": person.seat, "state": state, "answered": person.done, "of": len(store.plan(person.seat)[0]), "joined": person.joined, "last seen": person.seen,
-                     "minutes": round((person.seen - person.joined).total_seconds() / 60, 1), "checks passed": f"{int((checks.answer == checks.instructed.fillna(checks.truth)).sum())} of {len(checks)}",
+                     "minutes": max(0.0, round((person.seen - person.joined).total_seconds() / 60, 1)), "checks passed": f"{int((checks.answer == checks.instructed.fillna(checks.truth)).sum())} of {len(checks)}",
                      "don't know": (study.answer == DONT_KNOW).mean() if len(study) else None, "too fast": (study.seconds < store.study.design.min_seconds).mean() if len(study) else None,
                      "median seconds": round(study.seconds.median(), 2) if len(study) else None, "timed by server": int((mine.timed_by == "server").sum()), "taken back": int((undone.participant == person.participant).sum())})
     return pd.DataFrame(rows, columns=["participant", "seat", "state", "answered", "of", "joined", "last seen", "minutes", "checks passed", "don't know", "too fast", "median seconds", "timed by server", "taken back"])

@@ -110,7 +110,7 @@ def main(args: Sequence[str]) -> int:
     except Preempted as stop:
         if first: print(f"clip_lab.train: {stop}", file=sys.stderr)
         return stop.code
-    except (ValueError, OSError, FloatingPointError, BadDataError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, BadDataError) as error:
         print(f"clip_lab.train: {error}", file=sys.stderr)
         return 1
     if first: print(f"weights: {weights}")

@@ -12,6 +12,8 @@ from pathlib import Path
 import re
 import shutil
 
+from ..whole import write_whole
+
 # %% ../../nbs/train/12e_checkpoints.ipynb #65bd2f9c
 class Checkpoints:
     "The checkpoints of one run, in `root`; the last `keep` stay, and the best one."
@@ -63,9 +65,7 @@ class Checkpoints:
         "Remember `step` as the best when `value` is the highest so far; a best checkpoint is never pruned."
         if (known := self.best()) and known["value"] >= value: return False
         self.root.mkdir(parents=True, exist_ok=True)
-        note = self.root / "best.json.writing"
-        note.write_text(json.dumps(dict(step=step, value=value)))
-        note.rename(self.root / "best.json")
+        write_whole(self.root / "best.json", json.dumps(dict(step=step, value=value)))
         return True
 
     def _prune(self) -> None:

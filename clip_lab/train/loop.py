@@ -23,13 +23,15 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from .. import __version__
+from ..embed import memory_for
 from ..images import Preprocess
 from ..model import CLIP
 from ..pretrained import save
 from ..scaling import gflops
+from ..whole import write_whole
 from .cached import cached_backward
 from .checkpoints import Checkpoints
-from .config import TrainConfig, check_same_run, write_config
+from .config import TrainConfig, check_same_run, lighter, write_config
 from .feed import Batch
 from .optim import clamp_logit_scale, cosine_with_warmup
 from .setup import feed_of, loss_of, model_of, optimizer_of, towers_of
@@ -135,8 +137,8 @@ def result(run: Run, batches: int = 16) -> CLIP | None:
 # %% ../../nbs/train/13_loop.ipynb #88eb3974
 def drop_after(log: Path, step: int) -> None:
     "Remove the lines of a log that are later than `step`, and a last one that was cut off."
-    whole = [line for line in log.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step] if log.exists() else []
-    log.write_text("".join(line + "\n" for line in whole))
+    kept = [line for line in log.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step] if log.exists() else []
+    write_whole(log, "".join(line + "\n" for line in kept))
 
 def measure(run: Run, evaluate: Callable | None) -> dict[str, float]:
     "What `evaluate` says of the weights of this moment; every process takes part, the main one measures and remembers the best step."
@@ -167,7 +169,8 @@ def train(
     batches, clock, since = run.feed.batches(), time.perf_counter(), run.step
     with noticing() as asked:
         while run.step < config.steps:
-            line, last = run.train_step(next(batches)), run.step == config.steps
+            with memory_for(f"a step with {config.batch_size} pairs", lighter(config)): line = run.train_step(next(batches))
+            last = run.step == config.steps
             if config.eval_every and (run.step % config.eval_every == 0 or last): line |= measure(run, evaluate)
             if acc.is_main_process and (run.step % config.log_every == 0 or last or len(line) > 5):
                 line["pairs_per_s"] = speed = (run.step - since) * config.batch_size / (time.perf_counter() - clock)

@@ -1,5 +1,6 @@
-"""Damage, as hypothesis strategies: to bytes, to zip archives with their checksums made good again, to YAML."""
+"""Damage, as hypothesis strategies: to bytes, to zip archives with their checksums made good again, to YAML and JSON."""
 import io
+import json
 import struct
 import zipfile
 
@@ -63,6 +64,19 @@ def bomb(levels: int = 30) -> str:
     return "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, levels)) + f"name: *a{levels - 1}\n"
 
 
+def replaced(draw, values, kinds=VALUES):
+    "The values with one of them, however deep, gone or something else."
+    at, path = values, []
+    while isinstance(at, (dict, list)) and at and (not path or draw(st.booleans())):
+        path.append(draw(st.sampled_from(list(at) if isinstance(at, dict) else range(len(at)))))
+        at = at[path[-1]]
+    inner = values
+    for step in path[:-1]: inner = inner[step]
+    if draw(st.booleans()): inner[path[-1]] = draw(kinds)
+    else: del inner[path[-1]]
+    return values
+
+
 @st.composite
 def edited(draw, text: str):
     "A YAML text with some of its pieces replaced."
@@ -70,19 +84,24 @@ def edited(draw, text: str):
     kind = draw(st.sampled_from(["bytes", "value", "snippet", "new"]))
     if kind == "bytes": return damaged(text.encode(), draw(damage(4)))
     if kind == "new": return yaml.safe_dump(draw(VALUES), allow_unicode=True).encode("utf-8", "surrogatepass")
-    if kind == "value":
-        values = yaml.safe_load(text)
-        at, path = values, []
-        while isinstance(at, (dict, list)) and at and (not path or draw(st.booleans())):
-            path.append(draw(st.sampled_from(list(at) if isinstance(at, dict) else range(len(at)))))
-            at = at[path[-1]]
-        inner = values
-        for step in path[:-1]: inner = inner[step]
-        if draw(st.booleans()): inner[path[-1]] = draw(VALUES)
-        else: del inner[path[-1]]
-        return yaml.safe_dump(values, allow_unicode=True).encode("utf-8", "surrogatepass")
+    if kind == "value": return yaml.safe_dump(replaced(draw, yaml.safe_load(text)), allow_unicode=True).encode("utf-8", "surrogatepass")
     lines = text.split("\n")
     at = draw(st.integers(0, len(lines) - 1))
     head, colon, _ = lines[at].partition(":")
     lines[at] = f"{head}{colon} {draw(st.sampled_from(SNIPPETS))}" if draw(st.booleans()) else draw(st.sampled_from(SNIPPETS))
     return "\n".join(lines).encode("utf-8", "surrogatepass")
+
+
+JSON_VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-5, 70), st.integers(), st.floats(), st.text(max_size=12)), lambda v: st.one_of(st.lists(v, max_size=4), st.dictionaries(st.text(max_size=5), v, max_size=3)), max_leaves=8)
+JSON_TRAPS = ["", "null", "[]", "{}", "0", "\"x\"", "[" * 100_000, "{\"a\":" * 50_000, "9" * 5000, "{\"a\": NaN}", "{\"a\": 1e999}", "\ufeff{}", "{\"a\": \"\\ud800\"}", "{}{}", "// x\n{}"]
+
+
+@st.composite
+def edited_json(draw, text: str):
+    "A JSON text with a few bytes, or one or two values, changed."
+    kind = draw(st.sampled_from(["bytes", "value", "value", "values", "trap"]))
+    if kind == "bytes": return damaged(text.encode(), draw(damage(4)))
+    if kind == "trap": return draw(st.sampled_from(JSON_TRAPS)).encode("utf-8", "surrogatepass")
+    values = json.loads(text)
+    for _ in range(1 + (kind == "values")): values = replaced(draw, values, JSON_VALUES) if values else values
+    return json.dumps(values).encode("utf-8", "surrogatepass")

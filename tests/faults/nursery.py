@@ -3,16 +3,19 @@
 A line is JSON: {"kind": a writer below, "folder": where it writes, "said": the file where it says what is done, "seed", "line": kill it before so many lines of clip_lab have run, "after": or after so many seconds}.
 The answer is a line: {"code": exit code or minus the signal, "lines": lines run, "seconds"}. What a writer says, it says after the library returned: that is what must be there afterwards.
 """
+from functools import lru_cache
 import io
 import json
 import os
 from pathlib import Path
 import signal
 import sys
+import threading
 import time
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 import torch
 
 import clip_lab
@@ -84,14 +87,58 @@ def curation(folder, say, seed):
     say(report.pairs_out)
 
 
+def pairs(folder: Path) -> Path:
+    "A table of forty pictures and captions; made once."
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (table := folder / "pairs.csv").exists():
+        for i in range(40): Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        table.write_text("image,caption\n" + "".join(f"{i}.png,a picture of number {i}\n" for i in range(40)))
+    return table
+
+
+def settings(folder: Path, **more) -> TrainConfig:
+    return TrainConfig(model="tiny", data=str(pairs(folder.parent / "pairs")), output=folder / "run", warmup=1, batch_size=8, precision="no", save_every=2, log_every=1, cpu=True, **more)
+
+
 def training(folder, say, seed):
     CONFIGS["tiny"] = TINY       # in the child alone
-    config = TrainConfig(model="tiny", output=folder / "run", steps=12, warmup=1, batch_size=8, precision="no", styles=("noto",), clipart_share=0.0, save_every=2, log_every=1, cpu=True)
+    config = settings(folder, steps=12)
     train(config, resume=True, report=lambda line: say(line["step"]))
     say("done")
 
 
-WRITERS = dict(cache=cache, results=results, audits=audits, curation=curation, training=training)
+PEOPLE = dict(classes=("Brazil", "Canada", "Japan", "United Kingdom"), obvious=(), shots=(0, 1), pictures_per_participant=8, practice=1, participants=8)
+
+
+@lru_cache
+def study_of():
+    "The study that is served; opened before the first child, with all that a server imports."
+    import alembic.runtime.migration, clip_lab.humans.web, sqlalchemy.dialects.sqlite, uvicorn.lifespan.on, uvicorn.protocols.http.auto      # noqa: F401
+    from clip_lab.humans.design import demo_design, open_study
+    return open_study(demo_design(**PEOPLE))
+
+
+def study(folder, say, seed):
+    "The participants' server on port `seed`; it leaves by itself after forty answers, or three seconds without one."
+    import uvicorn
+    from clip_lab.humans.store import Store
+    from clip_lab.humans.web import study_app
+    store = Store(f"sqlite:///{folder}/study.db", study_of())
+    server = uvicorn.Server(uvicorn.Config(study_app(store, "the token of these tests", enrolments=1000), host="127.0.0.1", port=seed, log_level="error", access_log=False))
+    answer, given, last = store.answer, [0], [time.monotonic()]
+    def counted(*arguments):
+        found = answer(*arguments)
+        given[0], last[0] = given[0] + 1, time.monotonic()
+        return found
+    store.answer = counted
+    def watch():
+        while given[0] < 40 and time.monotonic() < last[0] + 3: time.sleep(0.02)
+        server.should_exit = True
+    threading.Thread(target=watch, daemon=True).start()
+    server.run()
+
+
+WRITERS = dict(cache=cache, results=results, audits=audits, curation=curation, training=training, study=study)
 
 
 # ---- life and death
@@ -104,9 +151,10 @@ def live(order: dict) -> None:
     def line(frame, event, arg):
         if event == "line":
             count[0] += 1
-            if count[0] == last: os.kill(os.getpid(), signal.SIGKILL)
+            if last and count[0] >= last: os.kill(os.getpid(), signal.SIGKILL)
         return line
     def call(frame, event, arg): return line if frame.f_code.co_filename.startswith(HOME) else None
+    threading.settrace(call)      # threads that begin later
     sys.settrace(call)
     try: WRITERS[order["kind"]](Path(order["folder"]), say, order["seed"])
     finally:
@@ -116,6 +164,7 @@ def live(order: dict) -> None:
 
 def tend(order: dict) -> dict:
     "Fork, wait, kill where the order says so."
+    if order["kind"] == "study": study_of()
     start = time.monotonic()
     if not (child := os.fork()):
         code = 1

@@ -2,6 +2,7 @@
 
 Half of the kills come before a random line of the library, the other half after a random time, which may be in the middle of a write. Both are drawn from the seed of the run.
 """
+from itertools import chain
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 from conftest import SEED, many, tally
 import numpy as np
@@ -23,6 +25,7 @@ from clip_lab.audits.card import read_audit
 from clip_lab.data.curate import CurateReport, open_shard
 from clip_lab.embed import EmbeddingCache
 from clip_lab.evals.results import Results
+from clip_lab.model import CONFIGS
 from clip_lab.train.checkpoints import Checkpoints
 from clip_lab.train.config import read_config
 
@@ -146,9 +149,44 @@ def test_curation(start, tmp_path):
     assert rounds[0] >= 1
 
 
+def test_study(start, tmp_path):
+    "Eight people answer over HTTP while the server dies again and again: what was acknowledged is there, once, and everybody gets to the end."
+    for name in ("sqlalchemy", "starlette", "uvicorn", "httpx"): pytest.importorskip(name, reason="the study's server needs: pip install 'clip_lab[apps]'")
+    from clip_lab.humans.store import Store, answers_table
+    from test_study_web import Simulated, free_port
+    planned, port, stop = nursery.study_of(), free_port(), threading.Event()
+    killed, rounds, ways, people = 0, 0, iter([{}]), []
+    def stored(folder):
+        store = Store(f"sqlite:///{folder}/study.db", planned)
+        table = answers_table(store)
+        store.close()
+        assert not table.duplicated(["participant", "trial"]).any()
+        return {(row.seat, row.trial): row.answer for row in table.itertuples()}
+    def acknowledged(): return {(int(trial[1:].split("-")[0]), trial): answer for p in people for trial, answer in list(p.acknowledged.items())}
+    try:
+        while killed < many(3, 60):
+            folder = tmp_path / str(rounds) / "x"
+            people[:] = [Simulated(port, 100 * rounds + i, stop) for i in range(planned.seats)]
+            for person in people: person.start()
+            while any(p.is_alive() for p in people):
+                found, _ = start("study", folder, seed=port, **next(ways))
+                if not rounds and found["lines"]: ways = chain(ways, deaths("study", found, 1000))       # the first one was left alone
+                killed += found["code"] == -signal.SIGKILL
+                tally("kills, study", "killed" if found["code"] else "finished first")
+                told = acknowledged()           # nothing can be acknowledged while there is no server
+                if told: assert told.items() <= stored(folder).items()
+            assert not [p.problems for p in people if p.problems] and all(p.finished for p in people)
+            assert acknowledged() == stored(folder) and len(acknowledged()) == sum(len(planned.trials(s)) for s in range(1, planned.seats + 1))
+            for person in people: assert person.order == [t.id for t in planned.trials(int(person.order[0][1:].split("-")[0]))]
+            tally("kills, study", "answers acknowledged, there once", len(acknowledged()))
+            rounds += 1
+    finally: stop.set()
+
+
 @pytest.mark.slow
-def test_training(start, tmp_path):
+def test_training(start, tmp_path, monkeypatch):
     "After each kill the newest checkpoint is whole and no older than before; the runs that were killed end with the weights of the one that was not."
+    monkeypatch.setitem(CONFIGS, "tiny", nursery.TINY)      # to read its settings here
     state, ended = {"step": 0}, [0]
     def weights(folder): return next((folder / "run").glob("*.safetensors"))
     def begin(folder):
@@ -172,7 +210,7 @@ def test_training(start, tmp_path):
         for line in lines[:-1]: json.loads(line)
         state.update(step=newest, done="done" in said)
         for file in run.glob("*.safetensors"): assert read_tensors(file).tensors
-    whole = survived("training", start, tmp_path / "x", check, seed=lambda i: 0, begin=begin, kills=(3, 50))
+    whole = survived("training", start, tmp_path / "x", check, seed=lambda i: 0, begin=begin, kills=(1, 50))
     while not state.get("done"):
         found, said = start("training", tmp_path / "x")
         check(tmp_path / "x", said, [])
