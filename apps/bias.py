@@ -228,7 +228,7 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
     slider.input(slid, None, threshold, **quick | dict(trigger_mode="always_last"))
     threshold.input(typed, threshold, slider, **quick)
     presets.click(preset, None, [threshold, slider], **quick)
-    bars.click(choose, session_state, shown, **quick).then(None, js="() => document.getElementById('behind').scrollIntoView({block: 'nearest', behavior: 'smooth'})")
+    bars.click(choose, session_state, shown, **quick).then(None, js="() => document.getElementById('behind').scrollIntoView({block: 'nearest', behavior: matchMedia('(prefers-reduced-motion: reduce)').matches ? 'instant' : 'smooth'})")
     data.input(other_pictures, [data, session_state], [by, note, data], **one, show_progress_on=bars, api_name=False).then(**change)
     gr.on([base.input, harm.input], other_labels, [base, harm, session_state], [text, templates], **quick).then(**change)
     for button, line in ((add_child, "child | a child"), (add_none, "none of these")): button.click(partial(added, line), text, text, **quick)

@@ -78,7 +78,7 @@ class CLIPConfig:
 class QuickGELU(nn.Module):
     "`x * sigmoid(1.702 x)`, the activation of OpenAI's released weights."
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad: return x * torch.sigmoid(1.702 * x)
+        if x.requires_grad or torch.jit.is_tracing(): return x * torch.sigmoid(1.702 * x)
         return torch.mul(x, 1.702).sigmoid_().mul_(x)          # the same digits in one new tensor instead of three
 
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}

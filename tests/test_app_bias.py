@@ -210,7 +210,7 @@ def visit(app, browser):                             # noqa: F811
     "visit(width, scheme, query) -> page; at the end of the test: no error in the console, no request to anywhere else."
     problems, contexts = [], []
     def go(width=1280, scheme="light", query="", height=900):
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True)
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True, reduced_motion="reduce")
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda m: problems.append(f"console: {m.text}") if m.type == "error" else None)

@@ -213,7 +213,7 @@ def test_own_file_keeps_everything(tmp_path):
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = own_file(TINY_VIT, tmp_path)
     before = path.read_bytes()
-    monkeypatch.setattr("clip_lab.archives.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("clip_lab.whole.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"): own_file(TINY_VIT, tmp_path, dtype=torch.float16)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
