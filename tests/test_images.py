@@ -319,7 +319,7 @@ def test_fingerprints_tell_transforms_apart_and_stay():
         ({"size": 0}, "size is 0: expected a whole number of pixels"),
         ({"size": 22.4}, "size is 22.4: expected a whole number"),
         ({"size": 8, "std": (1, 0, 1)}, "std above 0"),
-        ({"size": 8, "mean": (1, 2)}, "three values each"),
+        ({"size": 8, "mean": (1, 2)}, "three finite values each"),
         ({"size": 8, "background": "no colour"}, "unknown color specifier: 'no colour'"),
     ],
 )
