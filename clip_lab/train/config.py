@@ -110,7 +110,9 @@ def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple]:
 
 def check_same_run(path: Path, config: TrainConfig, processes: int, sharded: bool = False) -> None:
     "Raises ValueError when the `config.yaml` at `path` is of a run with other settings, another number of processes, or weights that were sharded there and not here."
-    was = read_plain(path)["run"]
+    was = values.get("run") if isinstance(values := read_plain(path), dict) else None
+    if not (isinstance(was, dict) and type(was.get("processes")) is int):
+        raise ValueError(f"{path} does not say how many processes its run has (`run: {{processes: 2}}`); put back the file that the run wrote, or begin a new run from its weights with --init")
     if was["processes"] != processes: raise ValueError(f"{path} is of a run with {was['processes']} processes, this one has {processes}; data positions and random states belong to processes. "
                                                        f"Start with {was['processes']}, or begin a new run from its weights with --init")
     if was.get("sharded", False) != sharded: raise ValueError(f"{path} is of a run with {'whole' if sharded else 'sharded'} weights, this one has them {'sharded' if sharded else 'whole'}; "
