@@ -45,6 +45,7 @@ def last_linear(net: nn.Module, classes: int) -> nn.Linear:
     if not found: raise ValueError(f"{type(net).__name__} has no linear layer with {classes} outputs, so its features cannot be told from its answers; pass the class names that it was trained on")
     return found[-1]
 
+# %% ../../nbs/evals/35_baselines.ipynb #fd72b1e2
 class Supervised(nn.Module):
     "A supervised classifier with the interface of a CLIP's image side."
     def __init__(self,
