@@ -157,13 +157,16 @@ class LitePreprocess(Preprocess):
     margin: int = 32          # pixels around the middle that are cut off after resizing
     whole: bool = False       # nothing is cut off: the longer side is `size`, the rest is filled with white
 
+    @property
+    def resample(self) -> Image.Resampling: return Image.Resampling.BICUBIC
+
     def square(self, source: Source) -> Image.Image:
         "The RGB square that the model sees."
         picture = open_image(source)
         picture = eight_bit(_upright(picture) if self.orient else picture)
         if self.background is not None: picture = on_background(picture, self.background)
-        if self.whole: return ImageOps.pad(picture.convert("RGB"), (self.size, self.size), Image.Resampling.BICUBIC, color="white")
-        return centre_crop(resize(picture, self.size + self.margin), self.size).convert("RGB")
+        if self.whole: return ImageOps.pad(picture.convert("RGB"), (self.size, self.size), self.resample, color="white")
+        return centre_crop(resize(picture, self.size + self.margin, self.resample), self.size).convert("RGB")
 
 def lite_preprocess(name: str, whole: bool = False, **how) -> LitePreprocess:
     "The transform of a network in LITE: the published one, or one that shows the whole picture."

@@ -128,13 +128,14 @@ def on_background(
 def resize(
     picture: Image.Image,  # any mode with 8 bits a channel
     size: int,  # wanted length of the shorter side
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Image.Image:
-    "The whole picture with its shorter side `size` pixels long (bicubic, antialiased), mode kept."
+    "The whole picture with its shorter side `size` pixels long (antialiased), mode kept."
     width, height = picture.size
     longer = int(size * max(width, height) / min(width, height))  # down, as torchvision does
     new = (size, longer) if width <= height else (longer, size)
     _limit_pixels(describe(picture), *new, what=f"its shorter side resized to {size} makes")
-    return picture if new == picture.size else picture.resize(new, Image.Resampling.BICUBIC)
+    return picture if new == picture.size else picture.resize(new, resample)
 
 
 def centre_crop(

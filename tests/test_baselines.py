@@ -1,12 +1,14 @@
 """Supervised models and zero-shot before CLIP: parity with implementations that nobody here wrote, wrong files, missing extras."""
 
 import importlib.util
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +17,7 @@ from clip_lab import efficientnet, sentences
 from clip_lab.data import offline
 from clip_lab.efficientnet import LITE, EfficientNetLite, LitePreprocess, efficientnet_lite, installed, lite_preprocess, weights_file
 from clip_lab.evals import baselines
-from clip_lab.evals.baselines import Spoken, Supervised, conse, ridge
+from clip_lab.evals.baselines import ImageNetPreprocess, ResNet, Spoken, Supervised, conse, load_weights, ridge, supervised
 from clip_lab.evals.probe import fit
 from clip_lab.evals.zeroshot import evaluate
 from clip_lab.sentences import minilm
@@ -101,7 +103,6 @@ def test_weights_of_a_larger_network_are_refused(tmp_path):
 
 
 def test_the_published_transform_by_hand():
-    from PIL import Image
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
     theirs = noise.resize((int(256 * 400 / 300), 256), Image.Resampling.BICUBIC)
     left, top = round((theirs.width - 224) / 2), round((theirs.height - 224) / 2)
@@ -110,7 +111,6 @@ def test_the_published_transform_by_hand():
 
 
 def test_the_whole_picture_is_shown():
-    from PIL import Image
     wide = Image.new("RGB", (400, 100), "black")
     seen = lite_preprocess("efficientnet-lite0", whole=True).square(wide)
     assert seen.size == (224, 224) and np.asarray(seen)[112].max() == 0 and np.asarray(seen)[0].min() == 255
@@ -172,6 +172,119 @@ def test_any_classifier_is_adapted():
     with pytest.raises(ValueError, match="no linear layer with 1000"): Supervised(net, "mine", 8)
 
 
+def renamed(state: dict) -> dict:
+    "The tensors of transformers' ResNet under torchvision's names."
+    out = {}
+    for key, tensor in state.items():
+        part = {"convolution": "conv", "normalization": "bn"}
+        if key.startswith("classifier.1."): key = key.replace("classifier.1.", "fc.")
+        elif key.startswith("resnet.embedder.embedder."): key = re.sub(r"resnet\.embedder\.embedder\.(\w+)", lambda m: part[m[1]] + "1", key)
+        else:
+            key = re.sub(r"shortcut\.(\w+)", lambda m: f"downsample.{int(m[1] == 'normalization')}", key)
+            key = re.sub(r"layer\.(\d)\.(\w+)", lambda m: f"{part[m[2]]}{int(m[1]) + 1}", key)
+            key = re.sub(r"resnet\.encoder\.stages\.(\d)\.layers\.(\d+)", lambda m: f"layer{int(m[1]) + 1}.{m[2]}", key)
+        out[key] = tensor
+    return out
+
+
+def reference_resnet(depths, kind: str, sizes):
+    "transformers' ResNet with weights and statistics that matter: with the usual start many errors would stay unseen."
+    transformers = pytest.importorskip("transformers", reason="needs transformers as the reference")
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(depths=list(depths), layer_type=kind, hidden_sizes=list(sizes), num_labels=1000)
+    net = transformers.ResNetForImageClassification(config).eval()
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for tensor, low in ((layer.weight, 0.5), (layer.bias, -0.5), (layer.running_mean, -0.5), (layer.running_var, 0.5)): nn.init.uniform_(tensor, low, low + 1)
+    return net
+
+
+@pytest.mark.parametrize("name, kind, sizes", [("resnet18", "basic", (64, 128, 256, 512)), ("resnet50", "bottleneck", (256, 512, 1024, 2048))])
+def test_a_torchvision_file_gives_the_reference_network(name, kind, sizes, tmp_path):
+    theirs = reference_resnet(baselines.RESNETS[name], kind, sizes)
+    file, x = tmp_path / f"{name}.pth", torch.randn(2, 3, 224, 224)
+    torch.save(renamed(theirs.state_dict()), file)
+    model, transform = supervised(name, file)
+    adapted = Supervised(theirs, "theirs", 224)            # transformers' own object, whose answers are wrapped
+    with torch.no_grad():
+        scale = theirs(x).logits.std()
+        assert scale > 0.01 and (model.net(x) - theirs(x).logits).abs().max() <= 1e-4 * max(1, scale)
+        features = theirs.resnet(x).pooler_output.flatten(1)
+        assert (model.encode_image(x) - features).abs().max() <= 1e-4 * features.abs().max()
+        assert torch.allclose(adapted.encode_image(x), features, rtol=1e-5) and torch.equal(adapted.posteriors(x), theirs(x).logits.softmax(-1))
+    assert model.config.embed_dim == sizes[-1] and transform.fingerprint() != supervised_like(transform).fingerprint()
+
+
+def supervised_like(transform): return ImageNetPreprocess(transform.size, background="white", interpolation="bicubic")
+
+
+def test_the_classic_transform_by_hand():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    theirs = noise.resize((int(256 * 400 / 300), 256), Image.Resampling.BILINEAR)
+    left, top = round((theirs.width - 224) / 2), round((theirs.height - 224) / 2)
+    want = torch.from_numpy(np.array(theirs.crop((left, top, left + 224, top + 224)))).permute(2, 0, 1).float() / 255
+    want = (want - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    how = ImageNetPreprocess(224)
+    assert (how(noise) - want).abs().max() < 1e-5 and ImageNetPreprocess.from_dict(how.to_dict()) == how
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": {f"module.{k}": t for k, t in s.items()}}], ids=["bare", "state_dict", "parallel"])
+def test_the_usual_wrappings_are_read(wrap, tmp_path):
+    trained, file = ResNet("resnet18", 3), tmp_path / "w.pth"
+    torch.save(wrap({k: t for k, t in trained.state_dict().items() if not k.endswith("num_batches_tracked")}), file)       # as old files are
+    assert torch.equal(load_weights(ResNet("resnet18", 3), file).layer4[1].conv2.weight, trained.layer4[1].conv2.weight)
+
+
+def test_safetensors_are_read(tmp_path):
+    from safetensors.torch import save_file
+    save_file((trained := Net()).state_dict(), tmp_path / "w.safetensors")
+    assert torch.equal(load_weights(Net(), tmp_path / "w.safetensors").fc.weight, trained.fc.weight)
+
+
+def test_files_that_do_not_fit_are_told(tmp_path):
+    file = tmp_path / "w.pth"
+    def saved(content): torch.save(content, file); return file
+    state, full = Net().state_dict(), Net()
+    before = full.fc.weight.clone()
+    with pytest.raises(FileNotFoundError, match="expected a state dict"): load_weights(full, tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="1 missing, first fc.bias$|1 missing, first fc.bias[.]"): load_weights(full, saved({k: t for k, t in state.items() if k != "fc.bias"}))
+    with pytest.raises(ValueError, match="1 unexpected, first head.weight"): load_weights(full, saved(state | {"head.weight": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=r"first fc.weight: \(5, 7\), expected \(3, 7\).*number of classes"): load_weights(full, saved(state | {"fc.weight": torch.zeros(5, 7)}))
+    for content in ({}, [1], {"state_dict": 3}, {"fc.weight": 3}):
+        with pytest.raises(ValueError, match="no table of tensors"): load_weights(full, saved(content))
+    with pytest.raises(ValueError, match="without running code.*save the state dict alone"): load_weights(full, saved(Net()))          # a whole pickled network
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08")
+    with pytest.raises(ValueError, match="cannot be read"): load_weights(full, tmp_path / "cut.safetensors")
+    assert torch.equal(full.fc.weight, before)                                                       # nothing was loaded halfway
+    with pytest.raises(ValueError, match="missing, first conv1.weight"): supervised("resnet50", saved(state))
+    with pytest.raises(ValueError, match="no package brings the weights of resnet50"): supervised("resnet50")
+    with pytest.raises(ValueError, match="resnet9.*expected one of efficientnet-lite0.*torchvision_model"): supervised("resnet9", file)
+
+
+def test_weights_that_would_run_code_are_refused(tmp_path):
+    ran = tmp_path / "ran"
+    class Harmful:
+        def __reduce__(self): return Path.touch, (ran,)
+    torch.save({"state_dict": Harmful()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="without running code"): load_weights(Net(), tmp_path / "w.pth")
+    assert not ran.exists()
+
+
+class TwoHeads(Net):
+    "As distilled networks have it: the answer is the mean of two layers."
+    def __init__(self): super().__init__(); self.second = nn.Linear(7, 3)
+    def forward(self, x): return (super().forward(x) + self.second(self.body(x).relu().mean((2, 3)))) / 2
+
+
+class Unused(Net):
+    def __init__(self): super().__init__(); self.auxiliary = nn.Linear(7, 3)
+
+
+@pytest.mark.parametrize("kind", [TwoHeads, Unused])
+def test_a_head_that_does_not_make_the_answers_is_refused(kind):
+    with pytest.raises(ValueError, match="last linear layer"): Supervised(kind(), "odd", 8, ["a", "b", "c"]).encode_image(torch.randn(2, 3, 8, 8))
+
+
 def test_timm_is_asked_for_by_name(monkeypatch):
     # A stand-in: timm itself needs torchvision, which does not import beside the CPU build of torch.
     import types
@@ -183,7 +296,9 @@ def test_timm_is_asked_for_by_name(monkeypatch):
     model, transform = baselines.timm_model("some_net")
     assert model.config.name == "some_net" and (transform.size, transform.margin, transform.mean) == (8, 2, (0.5, 0.4, 0.3))
     config["interpolation"] = "bilinear"
-    with pytest.raises(ValueError, match="bilinear"): baselines.timm_model("some_net")
+    assert baselines.timm_model("some_net")[1].resample == Image.Resampling.BILINEAR
+    config["interpolation"] = "lanczos"
+    with pytest.raises(ValueError, match="lanczos.*bring a transform of your own"): baselines.timm_model("some_net")
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="pip install timm"): baselines.timm_model("some_net")
 
@@ -195,26 +310,54 @@ def real_timm():
     return timm
 
 
+def close_pictures(transform, theirs):
+    "Whether two transforms make the same of two photographs."
+    pictures = offline.load("photographs").data.pictures
+    for i in range(2): assert (transform(pictures[i]) - theirs(pictures[i].convert("RGB"))).abs().max() < 0.05, "not the picture that their transform makes"
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
-def test_real_models_of_timm_are_adapted(name, monkeypatch):
+def test_real_models_of_timm_are_adapted(name, monkeypatch, tmp_path):
     timm = real_timm()
-    create = timm.create_model
-    made = []
+    create, made = timm.create_model, []
     def untrained(name, pretrained): made.append(pretrained); return create(name, pretrained=False)       # no network in tests
     monkeypatch.setattr(timm, "create_model", untrained)
-    asked = timm.data.resolve_model_data_config(create(name, pretrained=False))
-    if asked["interpolation"] != "bicubic":
-        with pytest.raises(ValueError, match=asked["interpolation"]): baselines.timm_model(name)
-        return
-    model, transform = baselines.timm_model(name)
-    pictures = offline.load("photographs").data.pictures
-    x = torch.stack([transform(pictures[i]) for i in range(2)])
+    net = create(name, pretrained=False).eval()
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    for file in (None, tmp_path / "w.pth"): model, transform = baselines.timm_model(name, file)
+    assert made == [True, False] and model.classnames[0] == "tench"
+    x = torch.stack([transform(p) for p in offline.load("photographs").data.pictures[:2]])
     with torch.inference_mode():
         features, logits = model.features_and_logits(x)
-        assert torch.allclose(logits, model.net(x), atol=1e-5) and torch.allclose(features @ model.head.weight.T + model.head.bias, logits, atol=1e-4)
-    theirs = timm.data.create_transform(**asked, is_training=False)
-    for i in range(2): assert (transform(pictures[i]) - theirs(pictures[i].convert("RGB"))).abs().max() < 0.05, "not the picture that timm's transform makes"
-    assert made == [True] and model.classnames[0] == "tench"
+        assert torch.allclose(logits, net(x), atol=1e-5) and torch.allclose(features @ model.head.weight.T + model.head.bias, logits, atol=1e-4)
+        assert torch.allclose(features, net.forward_head(net.forward_features(x), pre_logits=True), atol=1e-5)
+    close_pictures(transform, timm.data.create_transform(**timm.data.resolve_model_data_config(net), is_training=False))
+
+
+def test_torchvision_that_does_not_import_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError, match=r"torchvision does not import.*resnet50.*supervised\(name, file\)"): baselines.torchvision_model("resnet50")
+
+
+def real_torchvision():
+    try: from torchvision import models
+    except (ImportError, RuntimeError) as error: pytest.skip(f"needs a torchvision that fits this torch: {str(error).splitlines()[0]:.100}")
+    return models
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v3_small", "vit_b_32", "densenet121", "googlenet"])
+def test_real_models_of_torchvision_are_adapted(name, tmp_path):
+    models = real_torchvision()
+    net = models.get_model(name, weights=None, **({"init_weights": False, "transform_input": True} if name == "googlenet" else {})).eval()
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    model, transform = baselines.torchvision_model(name, tmp_path / "w.pth")
+    x = torch.stack([transform(p) for p in offline.load("photographs").data.pictures[:2]])
+    with torch.inference_mode():
+        features, logits = model.features_and_logits(x)
+        assert torch.allclose(logits, net(x), atol=1e-5) and torch.allclose(features @ model.head.weight.T + model.head.bias, logits, atol=1e-4)
+        if name.startswith("resnet"): assert torch.allclose(supervised(name, tmp_path / "w.pth")[0].net(x), net(x), atol=1e-4 * float(net(x).std().clamp(min=1)))
+    close_pictures(transform, models.get_model_weights(name)["IMAGENET1K_V1"].transforms())
+    with pytest.raises(ValueError, match="no weights 'V9'; expected one of IMAGENET1K_V1"): baselines.torchvision_model(name, tmp_path / "w.pth", "V9")
 
 
 # ---- the old zero-shot methods
