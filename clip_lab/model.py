@@ -115,12 +115,23 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:    # (batch, length, width) -> same
+    def forward(self, x: Tensor, causal: bool = False, only: Tensor | None = None) -> Tensor:
+        "(batch, length, width) -> same; with the place of one token of each row, (batch,), what these find: (batch, width)."
         n, length, width = x.shape
+        if only is not None: return self._find(x, causal, only)
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)    # (n, length, 3 * width)
-        q, k, v = qkv.view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)   # each (n, heads, length, head_dim)
+        q, k, v = qkv.view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)   # each (n, heads, length, head_dim)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).reshape(n, length, width))
+
+    def _find(self, x: Tensor, causal: bool, only: Tensor) -> Tensor:
+        n, length, width = x.shape
+        asking = x[torch.arange(n, device=x.device), only]                                    # (n, width)
+        q = F.linear(asking, self.in_proj_weight[:width], self.in_proj_bias[:width]).view(n, self.heads, 1, width // self.heads)
+        kv = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:])              # (n, length, 2 * width)
+        k, v = kv.view(n, length, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)                   # each (n, heads, length, head_dim)
+        seen = torch.arange(length, device=x.device) <= only[:, None, None, None] if causal else None
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).reshape(n, width))
 
 # %% ../nbs/02_model.ipynb #5acd72ff
 class ResidualAttentionBlock(nn.Module):
@@ -135,8 +146,10 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:    # (batch, length, width) -> same
-        x = x + self.attn(self.ln_1(x), causal)
+    def forward(self, x: Tensor, causal: bool = False, only: Tensor | None = None) -> Tensor:
+        "(batch, length, width) -> same; with the place of one token of each row, (batch,), these tokens: (batch, width)."
+        if only is None: x = x + self.attn(self.ln_1(x), causal)
+        else: x = x[torch.arange(len(x), device=x.device), only] + self.attn(self.ln_1(x), causal, only)
         return x + self.mlp(self.ln_2(x))
 
 class Transformer(nn.Module):
@@ -157,6 +170,23 @@ class Transformer(nn.Module):
         for block in self.resblocks: x = block(x, self.causal)
         return x
 
+    def at(self,
+        x: Tensor,                # (batch, length, width)
+        places: Tensor,           # (batch,), int64
+    ) -> Tensor:                  # (batch, width)
+        "One token of each row of `self(x)`; in evaluation the last block computes no other, unless somebody looks at it."
+        if self.training or x.requires_grad or torch.jit.is_tracing() or torch.compiler.is_compiling() or self._watched():
+            return self(x)[torch.arange(x.shape[0], device=x.device), places]
+        for block in self.resblocks[:-1]: x = block(x, self.causal)
+        return self.resblocks[-1](x, self.causal, places)
+
+    def _watched(self) -> bool:
+        "Whether hooks, another class or a compiled function wait for all tokens of the last block."
+        last = self.resblocks[-1]
+        if type(last) is not ResidualAttentionBlock or type(last.attn) is not Attention: return True
+        return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or m._compiled_call_impl or "forward" in vars(m)
+                   for m in (self, self.resblocks, *last.modules()))
+
 # %% ../nbs/02_model.ipynb #760db736
 class VisionTransformer(nn.Module):
     "ViT with an extra layer norm on the patch and position embeddings (paper, Section 2.4)."
@@ -174,10 +204,10 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                          # (n, 3, H, W)
         x = self.conv1(x).flatten(2).transpose(1, 2)                 # (n, patches, width)
-        cls = self.class_embedding.expand(len(x), 1, -1)
+        cls = self.class_embedding.expand(x.shape[0], 1, -1)
         x = torch.cat([cls, x], dim=1) + self.positional_embedding   # (n, 1 + patches, width)
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj                     # (n, output_dim)
+        x = self.transformer.at(self.ln_pre(x), x.new_zeros(x.shape[0], dtype=torch.long))    # the class token
+        return self.ln_post(x) @ self.proj                           # (n, output_dim)
 
 # %% ../nbs/02_model.ipynb #6cd3fd0f
 class Bottleneck(nn.Module):
@@ -311,8 +341,7 @@ class CLIP(nn.Module):
         ends = is_end.int().argmax(1)                                                    # (n,), first end
         if len(ends) and not self.training: tokens = tokens[:, :int(ends.max()) + 1]     # nobody looks at what comes after
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]   # (n, length, text_width)
-        x = self.transformer(x)
-        x = x[torch.arange(len(x), device=x.device), ends]                               # (n, text_width)
+        x = self.transformer.at(x, ends)                                                 # (n, text_width)
         x = self.ln_final(x) @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x
 

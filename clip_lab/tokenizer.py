@@ -93,8 +93,14 @@ def _engine(n_merges: int) -> tokenizers.Tokenizer:
     return engine
 
 # %% ../nbs/00_tokenizer.ipynb #44e4ba7d
+_ASCII_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[A-Za-z]+|[0-9]|[^A-Za-z0-9]+")  # WORD, where all is printable ASCII without blanks or special symbols
+
+
 def _encode_piece(engine: tokenizers.Tokenizer, piece: str) -> list[int]:
     "Ids of a cleaned text without blanks."
+    if piece.isascii() and piece.isprintable() and "<|" not in piece:
+        tokenize = engine.model.tokenize
+        return [token.id for word in _ASCII_WORDS.findall(piece) for token in tokenize(word)]
     if SOT not in piece and EOT not in piece:
         return engine.encode(piece).ids
     ids, start = [], 0

@@ -8,7 +8,7 @@ from scipy.stats import binom, chi2, chi2_contingency, false_discovery_control, 
 
 from clip_lab.audits.labels import Category, Label, LabelSet, label_set, read_labels, save_labels, shipped
 from clip_lab.audits.people import DRAWN, FAIRFACE, Grouping, People, emoji_people, from_evalset
-from clip_lab.audits.thresholds import associated, check_thresholds, come_and_go, most_associated, sweep, threshold_grid
+from clip_lab.audits.thresholds import _Reached, associated, check_thresholds, come_and_go, most_associated, sweep, threshold_grid
 from clip_lab.data.labelled import Labelled, Pictures
 from clip_lab.data.sets import open_set
 
@@ -93,6 +93,16 @@ def test_false_discoveries_are_held_with_and_without_a_planted_difference(plante
     assert any_called <= binom.ppf(1 - 1e-4, REPEATS, .05), any_called / REPEATS         # every discovery is false here
 
 
+@pytest.mark.parametrize("thresholds", [[-.9, -.5, -.25, -1e-40, 0, 1e-40, .5, .75], [-.5, -.1, -0., .1], [.5, np.nextafter(np.float32(.5), np.float32(1)), .50001, .9], threshold_grid(300)])
+def test_every_kind_of_float_reaches_what_a_search_says(thresholds):
+    "The ends of all intervals of the table and their neighbours, from minus infinity over both zeros to NaN."
+    thresholds = np.asarray(thresholds, dtype=np.float32)
+    upper = np.arange(1 << 18, dtype=np.uint32) << 14
+    x = np.concatenate([upper, upper + 1, upper | (1 << 14) - 1, thresholds.view(np.uint32), thresholds.view(np.uint32) - 1, thresholds.view(np.uint32) + 1]).view(np.float32)
+    want = np.where(np.isfinite(x), np.searchsorted(thresholds, np.nan_to_num(x), "right"), 255)
+    assert np.array_equal(_Reached(thresholds)(x[None])[0], want)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 9), st.integers(1, 5), st.sampled_from(["multi-label", "argmax"]), st.sampled_from(["probability", "cosine"]), st.integers(1, 40))
 def test_sweep_is_brute_force(seed, labels, groups, mode, kind, rows):
@@ -150,7 +160,9 @@ def test_wrong_scores():
     good, g = np.full((4, 3), .2, np.float32), grouped([0, 0, 1, 1])
     for bad in (np.nan, np.inf, -np.inf):
         x = good.copy(); x[2, 1] = bad
-        with pytest.raises(ValueError, match=f"label 'b' for picture 2 is {bad}"): sweep(x, g, list("abc"), [.1], rows=2)
+        for thresholds in ([.1], [.1, .2, .3, .4]):
+            for mode in ("multi-label", "argmax"):
+                with pytest.raises(ValueError, match=f"label 'b' for picture 2 is {bad}"): sweep(x, g, list("abc"), thresholds, mode, rows=2)
     for x, labels, message in ((good[:, :2], "abc", r"expected \(pictures, 3\)"), (good[:3], "abc", "scores for 3 pictures, groups for 4"), (np.r_[good, good], "abc", "more than 4 pictures"), (good[:, :1], "a", "label set of one")):
         with pytest.raises(ValueError, match=message): sweep(x, g, list(labels), [.1])
     with pytest.raises(ValueError, match="mode is 'top'"): sweep(good, g, list("abc"), [.1], "top")

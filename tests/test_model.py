@@ -90,6 +90,90 @@ def test_what_follows_the_end_of_a_text_changes_nothing():
     torch.testing.assert_close(model.encode_text(tokens[:, :5]), model.encode_text(tokens), atol=1e-5, rtol=0)
 
 
+def all_tokens(encode, model):
+    "What `encode` finds when a hook on the last blocks waits for all tokens, and what the hooks saw."
+    seen = []
+    hooks = [blocks[-1].register_forward_hook(lambda block, inputs, output: seen.append(output)) for blocks in (model.visual.transformer.resblocks, model.transformer.resblocks)]
+    try: return encode(model), seen
+    finally:
+        for hook in hooks: hook.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [0, 1, 5])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.float64, 1e-14), (torch.bfloat16, 2e-2)])
+def test_one_token_of_the_last_block_is_that_of_all_tokens(dtype, atol, n):
+    pictures, tokens = inputs(TINY_VIT, n)
+    model = tiny(TINY_VIT).to(dtype)
+    for encode, length in ((lambda m: m.encode_image(pictures, True), 5), (lambda m: m.encode_text(tokens, True), None)):
+        want, seen = all_tokens(encode, model)
+        assert len(seen) == 1 and seen[0].ndim == 3 and length in (None, seen[0].shape[1])
+        torch.testing.assert_close(encode(model), want, atol=atol, rtol=0)
+
+
+def looked_at(what):
+    "Somebody looks at a part of a tower; what was seen goes to the list."
+    def parts(transformer): return {"transformer": transformer, "block": transformer.resblocks[-1], "attention": transformer.resblocks[-1].attn, "activation": transformer.resblocks[-1].mlp.gelu}
+    return lambda transformer, seen: parts(transformer)[what].register_forward_hook(lambda module, x, y: seen.append(y.shape))
+
+
+def another_function(transformer, seen):
+    "The forward of the last attention is another one, as tools that draw attention maps do."
+    attention, original = transformer.resblocks[-1].attn, transformer.resblocks[-1].attn.forward
+    attention.forward = lambda *args: [seen.append((y := original(*args)).shape), y][1]
+
+
+def another_block(transformer, seen):
+    "The last block is of another class, without a second or third argument of ours but `causal`."
+    class Block(torch.nn.Module):
+        def __init__(self, inner): super().__init__(); self.inner = inner
+        def forward(self, x, causal): seen.append((y := self.inner(x, causal)).shape); return y
+    transformer.resblocks[-1] = Block(transformer.resblocks[-1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("look", [*map(looked_at, ("transformer", "block", "attention", "activation")), another_function, another_block],
+                         ids=["transformer", "block", "attention", "activation", "another function", "another block"])
+def test_who_looks_at_the_last_block_sees_all_tokens(look):
+    model, (pictures, tokens) = tiny(TINY_VIT), inputs(TINY_VIT)
+    want = model.encode_image(pictures), model.encode_text(tokens)
+    for i, (transformer, encode, length) in enumerate(((model.visual.transformer, lambda: model.encode_image(pictures), 5), (model.transformer, lambda: model.encode_text(tokens), None))):
+        seen = []
+        look(transformer, seen)
+        torch.testing.assert_close(encode(), want[i], atol=1e-5, rtol=1e-5)
+        length = length or int((tokens == TINY_VIT.vocab_size - 1).int().argmax(1).max()) + 1
+        assert [s[:2] for s in seen] == [(len(pictures), length)]
+
+
+def test_gradients_are_those_of_all_tokens():
+    model, (pictures, tokens) = tiny(TINY_VIT).double(), inputs(TINY_VIT)
+    last = [p for t in (model.visual.transformer, model.transformer) for p in t.resblocks[-1].parameters()]
+    model.requires_grad_(False)
+    for p in last: p.requires_grad_(True)             # the rest is frozen: one token asks, and the gradients are still whole
+    def gradients(model): return torch.autograd.grad((model.encode_image(pictures, True) @ model.encode_text(tokens, True).T).diag().sum(), last)
+    want, _ = all_tokens(gradients, model)
+    torch.testing.assert_close(gradients(model), want, atol=1e-12, rtol=1e-12)
+    assert all(g.abs().max() > 0 for g in want)
+
+
+@pytest.mark.parametrize("mode", [lambda m: m.train(), lambda m: m.eval()], ids=["training", "evaluation with gradients"])
+def test_with_gradients_the_digits_are_those_of_all_tokens(mode):
+    model, (pictures, tokens) = mode(tiny(TINY_VIT).requires_grad_(True)), inputs(TINY_VIT)
+    for encode in (lambda m: m.encode_image(pictures), lambda m: m.encode_text(tokens)): assert torch.equal(encode(model), all_tokens(encode, model)[0])
+
+
+@torch.no_grad()
+def test_traced_and_exported_towers_compute_the_same():
+    model, (pictures, tokens) = tiny(TINY_VIT), inputs(TINY_VIT)
+    want, text = model.encode_image(pictures), model.encode_text(tokens)
+    traced = torch.jit.trace(model.visual, pictures[:2])
+    exported = torch.export.export(model.visual, (pictures[:2],), dynamic_shapes=({0: torch.export.Dim("n")},)).module()
+    compiled = torch.compile(model.visual, backend="eager")
+    for tower in (traced, exported, compiled): torch.testing.assert_close(tower(pictures), want, atol=1e-5, rtol=1e-5)
+    model.transformer.compile(backend="eager", dynamic=True)      # what training does
+    torch.testing.assert_close(model.encode_text(tokens), text, atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET], ids=lambda c: c.name)
 def test_bfloat16_stays_near(config):

@@ -109,6 +109,15 @@ def test_ids_equal_openais_on_any_string(tokenizer, openai, text):
     assert tokenizer.encode(text) == ids
 
 
+@settings(max_examples=1_000, deadline=None, derandomize=True, database=None)
+@given(text=st.text(st.sampled_from([*"abcehlmnrstvwyAST019'!?.,-_&;/#<>|\\ "]), max_size=40))
+@example("it'll've'd'm'ret'S 'ſ").via("contractions, one after the other")
+@example("".join(map(chr, range(33, 127)))).via("all of printable ASCII")
+@example("<|endoftext|> a<|endoftext|><|end <| endoftext|>").via("symbols that are nearly special")
+def test_ascii_equals_openais(openai, tokenizer, text):
+    assert tokenizer.encode(text) == openai.encode(text)
+
+
 def test_every_character_equals_openais(tokenizer, openai):
     "Each of the first 12,288 characters between two letters: nothing is split, joined or dropped differently."
     texts = [f"a{chr(c)}b" for c in range(0x3000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]

@@ -45,29 +45,35 @@ def check_thresholds(thresholds: Sequence[float] | float, kind: str = "probabili
 
 # %% ../../nbs/audits/42_thresholds.ipynb #59af9785
 _SEARCH, _SPOILT, _LOW = 254, 255, 14       # marks in the table: look closer, not finite; bits of a float32 that the table does not see
+_PIECE = 2**17                              # scores looked at together: half a MiB, which stays in the processor's cache from one step to the next
 
 class _Reached:
     "How many of at most 253 rising thresholds each float32 reaches (score >= threshold), exactly."
     def __init__(self, thresholds: np.ndarray):
-        upper = np.arange(1 << (32 - _LOW), dtype=np.uint32) << _LOW
-        with np.errstate(invalid="ignore"):
-            first, last = [np.searchsorted(thresholds, bits.view(np.float32), "right") for bits in (upper, upper | ((1 << _LOW) - 1))]
-        special = (upper >> 23) & 0xFF == 0xFF                                        # infinity and NaN
-        self.thresholds, self.table = thresholds, torch.from_numpy(np.where(special, _SPOILT, np.where(first != last, _SEARCH, first)).astype(np.uint8))
+        half, special = 1 << (31 - _LOW), 1 << (23 - _LOW)                            # intervals of one sign; those of infinity and NaN
+        upper = (thresholds.view(np.uint32) >> _LOW).astype(np.int64)
+        order = np.where(upper < half, upper + half, 2 * half - 1 - upper)            # place of a threshold's interval among all, from the lowest number to the highest
+        table = np.repeat(np.arange(len(order) + 1, dtype=np.uint8), np.diff(np.r_[0, order + 1, 2 * half]))
+        table[order] = table[half - 1] = _SEARCH                                      # -0 is equal to 0, though its interval lies below
+        table[:special] = table[-special:] = _SPOILT
+        self.thresholds, self.table = thresholds, torch.from_numpy(np.r_[table[half:], table[half - 1::-1]])
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:                             # float32 -> uint8 of that shape; 255 where not finite
-        places = torch.from_numpy((np.ascontiguousarray(scores).view(np.uint32) >> _LOW).view(np.int32))
-        found = self.table.index_select(0, places.reshape(-1)).numpy().reshape(scores.shape)     # np.take would make 64-bit places first, at twice the cost
-        if len(inside := np.flatnonzero(found == _SEARCH)): found.flat[inside] = np.searchsorted(self.thresholds, scores.ravel()[inside], "right")
+        scores, found = np.ascontiguousarray(scores).reshape(-1), np.empty(scores.shape, dtype=np.uint8)
+        for start in range(0, len(scores), _PIECE):
+            x, steps = scores[start:start + _PIECE], found.reshape(-1)[start:start + _PIECE]
+            torch.index_select(self.table, 0, torch.from_numpy((x.view(np.uint32) >> _LOW).view(np.int32)), out=torch.from_numpy(steps))     # np.take would make 64-bit places first, at twice the cost
+            inside = np.flatnonzero(steps == _SEARCH)
+            steps[inside] = np.searchsorted(self.thresholds, x[inside], "right")
         return found
 
-def _counted(steps: np.ndarray, codes: np.ndarray, places: np.ndarray, total: np.ndarray) -> None:     # steps: (rows, columns); places: (columns,) or (rows, 1), first bin of a label; total: (groups, bins)
+def _counted(steps: np.ndarray, codes: np.ndarray, places: np.ndarray, total: np.ndarray) -> None:     # steps: (rows, labels); places: (labels,), first bin of a label; total: (groups, bins)
     "Add a histogram of `places + steps` for each group to `total`."
     order = np.argsort(codes, kind="stable")
     cuts = np.searchsorted(codes[order], np.arange(len(total) + 1))
-    bins = torch.from_numpy((places if len(places) == steps.shape[1] else places[order]) + steps[order])
     for g, row in enumerate(total):
-        if cuts[g] < cuts[g + 1]: row += torch.bincount(bins[cuts[g]:cuts[g + 1]].reshape(-1), minlength=len(row)).numpy()
+        own = steps[order[cuts[g]:cuts[g + 1]]]
+        if len(own): row += torch.bincount(torch.from_numpy(places + own).reshape(-1), minlength=len(row)).numpy()
 
 # %% ../../nbs/audits/42_thresholds.ipynb #505701fa
 @dataclass(frozen=True, eq=False)
@@ -98,6 +104,11 @@ class Sweep:
                              "estimate": k.ravel() / n.ravel(), "low": low, "high": high, "small": self.grouping.small[index[1]]})
 
 # %% ../../nbs/audits/42_thresholds.ipynb #113410a5
+def _check_finite(scores: np.ndarray, labels: Sequence[str], first: int) -> None:     # first: picture of the first row
+    if np.isfinite(scores.min()) and np.isfinite(scores.max()): return
+    i, j = np.argwhere(~np.isfinite(scores))[0]
+    raise ValueError(f"the score of label {labels[j]!r} for picture {first + i} is {scores[i, j]}; expected a finite number")
+
 def sweep(
     scores: np.ndarray | Iterable[np.ndarray],    # (pictures, labels) float32, or blocks of its rows in order, so that all of it need never be in memory
     grouping: Grouping,
@@ -111,21 +122,21 @@ def sweep(
     if mode not in ("multi-label", "argmax"): raise ValueError(f"mode is {mode!r}; expected 'multi-label' or 'argmax'")
     if len(labels) < 2: raise ValueError("a label set of one: every picture gets it; expected at least two labels")
     thresholds = check_thresholds(threshold_grid(len(labels)) if thresholds is None else thresholds, kind)
-    (G, L, T), done, reached = (len(grouping.names), len(labels), len(thresholds)), 0, _Reached(thresholds) if len(thresholds) > 3 else lambda x: sum((x >= t).astype(np.uint8) for t in thresholds)
+    (G, L, T), done, best = (len(grouping.names), len(labels), len(thresholds)), 0, mode == "argmax"
+    reached, rows = _Reached(thresholds) if T > 3 and not best else None, min(rows, _PIECE // L + 1) if best else rows
     total, places = np.zeros((G, L * (T + 1)), dtype=np.int64), np.arange(L, dtype=np.int16 if L * (T + 1) < 2**15 else np.int32) * (T + 1)
     for block in [scores] if hasattr(scores, "shape") else scores:
         if block.ndim != 2 or block.shape[1] != L: raise ValueError(f"scores have shape {block.shape}; expected (pictures, {L}), a column per label")
         if done + len(block) > len(grouping.codes): raise ValueError(f"scores for more than {len(grouping.codes)} pictures; expected a row per picture of the grouping")
         for start in range(0, len(block), rows):
             x = np.asarray(block[start:start + rows], dtype=np.float32)
-            if x.size and not (np.isfinite(x.min()) and np.isfinite(x.max())):
-                i, j = np.argwhere(~np.isfinite(x))[0]
-                raise ValueError(f"the score of label {labels[j]!r} for picture {done + i} is {x[i, j]}; expected a finite number")
-            codes = grouping.codes[done:done + len(x)]
-            if mode == "argmax":
-                best = x.argmax(1)
-                _counted(reached(np.take_along_axis(x, best[:, None], 1)), codes, places[best][:, None], total)
-            else: _counted(reached(x), codes, places, total)
+            codes, steps = grouping.codes[done:done + len(x)], reached(x) if reached else None
+            if steps is None or (steps == _SPOILT).any(): _check_finite(x, labels, done)
+            if best:
+                first = x.argmax(1)
+                steps = np.searchsorted(thresholds, x[np.arange(len(x)), first], "right")
+                np.add.at(total.reshape(-1), (codes.astype(np.int64) * L + first) * (T + 1) + steps, 1)
+            else: _counted(sum((x >= t).astype(np.uint8) for t in thresholds) if steps is None else steps, codes, places, total)
             done += len(x)
     if done != len(grouping.codes): raise ValueError(f"scores for {done} pictures, groups for {len(grouping.codes)}; expected a row per picture")
     counts = total.reshape(G, L, T + 1)[:, :, :0:-1].cumsum(2)[:, :, ::-1]       # whoever reaches a threshold reached the lower ones
