@@ -10,11 +10,11 @@ PORT ?= 7860
 demo: .venv/.stamp-apps $(if $(filter 1,$(PHOTOS)),.venv/.stamp-photos)  ## classify shipped pictures, print the measured accuracy, open the app (APP=0: no app; PHOTOS=1: with a model for photographs)
 	$(if $(filter 1,$(PHOTOS)),CLIP_LAB_MODEL=photos )$(BIN)/clip-lab demo --port $(PORT) $(if $(filter 0,$(APP)),--no-app)
 
-test: .venv/.stamp-dev  ## library and notebooks in sync and clean, README up to date, notebooks run, tests pass
+test: .venv/.stamp-dev  ## library and notebooks in sync and clean, README up to date, notebooks run, tests pass (LONG=1: those too that take minutes for what rarely breaks)
 	tools/system_packages.sh
 	$(BIN)/python tools/sync.py --check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/faults $(if $(filter 1,$(LONG)),,-m "not long")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 docs: .venv/.stamp-dev  ## the notebooks as a site with search, build/docs/html/index.html; dead links and pictures without alt text fail it

@@ -43,7 +43,7 @@ def test_two_processes_print_the_model_card_to_the_last_digit_and_one_finds_it_a
     assert {b["id"] for b in json.loads(again.stdout)} == set(Results(tmp_path).names())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twice_in_a_row_and_on_one_process_the_same_digits(tmp_path):
     for name, processes in (("first", 1), ("second", 1), ("two", 2)):
         done = command("eval", "--data", "digits", "--tasks", "zeroshot,probe", "--results", tmp_path / name, processes=processes)

@@ -67,8 +67,7 @@ def pairs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("source", ["drawings", "files"])
+@pytest.mark.parametrize("source, processes", [("drawings", 1), ("files", 2), pytest.param("drawings", 2, marks=pytest.mark.long), pytest.param("files", 1, marks=pytest.mark.long)])
 def test_killed_at_any_step_a_run_continues_bit_for_bit(tmp_path, pairs, processes, source):
     data = DRAWINGS if source == "drawings" else ["--data", pairs, "--max-bad", "0.1", "--workers", "1"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -223,7 +222,7 @@ def test_sharded_weights_end_where_one_process_and_plain_copies_end(tmp_path):
     assert [line["step"] for line in log(tmp_path / "sharded" / "plain") if "top1" in line] == [2, 4]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sharded_run_continues_bit_for_bit_and_not_unsharded(tmp_path):
     runs = dict(drawings=dict(model="emoji"))      # with batch norm, whose statistics are no parameters
     assert ranks(tmp_path / "whole", 2, runs, sharded=True).returncode == 0
@@ -245,7 +244,7 @@ def test_sharding_that_would_not_happen_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_towers_take_the_same_steps(tmp_path):
     done = ranks(tmp_path, 1, {name: dict(model="one layer", steps=3, compile=name == "compiled") for name in ("eager", "compiled")})
     assert done.returncode == 0, done.stderr[-3000:]
