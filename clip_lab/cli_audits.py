@@ -72,6 +72,7 @@ def _again(folder: Path, device: str, root: Path | None) -> None:
     same_numbers(report, new)
     print(f"{folder}: {sum(len(t) for t in report.tables.values()):,} rows of {len(report.tables)} tables came out the same")
 
+# %% ../nbs/71b_cli_audits.ipynb #be37a417
 @app.command("audit", short_help="Ask which labels a model gives to whom.")
 def audit_command(
     data: Annotated[str, typer.Option("--data", "-d", help="Whose pictures: emoji, emoji:noto,twemoji, a folder or zip with a table and provenance.yaml, or a set of the registry such as fairface=FOLDER.")] = "emoji",

@@ -208,6 +208,7 @@ def check_seal(folder: str | Path) -> None:
     wrong = [f"{name} was {what}" for what, names in (("removed", told.keys() - there.keys()), ("added", there.keys() - told.keys()), ("changed", {n for n in told.keys() & there.keys() if told[n] != there[n]})) for name in sorted(names)]
     if wrong: raise ValueError(f"{folder} is not as it was sealed: {'; '.join(wrong)}. Make the audit again, or ask its author")
 
+# %% ../../nbs/audits/47_card.ipynb #e99ce53e
 def _fill(audit: Audit, folder: Path, files: Mapping[str, str]):
     (folder / "tables").mkdir(parents=True)
     (folder / "audit.json").write_text(json.dumps(audit.to_dict(), ensure_ascii=False, indent=1, allow_nan=False), encoding="utf-8")

@@ -220,6 +220,7 @@ class Bench:
 
     def __len__(self) -> int: return len(self.people)
 
+# %% ../../nbs/audits/48_explorer.ipynb #f7b77609
 class Explorer:
     "One model, and what it has computed so far: scores for each (pictures, label set), counts for each grouping of them."
     def __init__(

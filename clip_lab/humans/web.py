@@ -134,6 +134,7 @@ def _calmly(handler: Callable) -> Callable:
         except HTTPException as error: return _said(error.status_code, "request", error.detail)
     return endpoint
 
+# %% ../../nbs/humans/55_web.ipynb #c91c1ffc
 class Participants:
     "The endpoints of the participant's page on one store."
     def __init__(self, store: Store, enrolments: Limit | None = None, scores: Callable | None = None):      # scores: a Person -> what the last page tells

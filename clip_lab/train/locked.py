@@ -398,6 +398,7 @@ class Course:
         rows = meant(self.sentences[general], self.space.rows[general], kept_sentences(self.encoder, phrases, self.c.output / "phrases.pt", self.report))
         return Lessons(self.lex, self.space.rows, [self.w.synsets[max(m, key=m.get)].gloss for m in self.lex.meanings], phrases, rows)
 
+# %% ../../nbs/train/17_locked.ipynb #08efb30e
 def train_locked(
     c: LockedTraining = LockedTraining(),
     report: Callable[..., None] = lambda *_: None,       # called with what is being done, how far it is, and how far it goes

@@ -62,6 +62,7 @@ _NAME_HANDLES = """<script>(() => {
   name();
 })()</script>"""
 
+# %% ../../nbs/ui/65_widgets.ipynb #8f15e96f
 _ONE_AT_A_TIME = RLock()      # two controls may call from two threads, and settings of matplotlib belong to the process
 
 class Explorer:
