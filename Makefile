@@ -1,7 +1,8 @@
 # Two commands do everything: `make demo` and `make test`. Each makes .venv and installs what it needs; the second time takes seconds.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Modules are compiled when they are first imported, and most never are: half the time of an installation.
+PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt
 PORT ?= 7860
 
 .PHONY: demo test lab notebooks docs sync card photos-card weights detector data faults bench load clean
