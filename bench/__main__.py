@@ -1,6 +1,6 @@
 """All benchmarks, one after the other: what `make bench` runs.
 
-    python bench                          # writes bench/results/*.json; well under an hour on two quiet cores
+    python bench                          # writes bench/results/*.json; about an hour on two quiet cores
     python bench --short --out build/x    # tiny sizes: does everything run?
     python bench --only evals encode      # some of them
     python bench --only load_zeroshot load_bias load_human --load-seconds 300
