@@ -161,6 +161,7 @@ def main(doc: str, parts: dict, packages: tuple = (), options: dict = {}, short:
     if "--short" in sys.argv: parser.set_defaults(rounds=1, **short)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    os.environ |= {name: str(args.threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}      # for what is loaded later, such as SciPy's own BLAS
     from threadpoolctl import threadpool_limits
     with threadpool_limits(args.threads):      # numpy, scikit-learn and FAISS too
         if args.one: print(json.dumps(one(args.one, args))); return

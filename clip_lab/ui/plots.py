@@ -252,7 +252,7 @@ def cost_lines(
         ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}k" if x % 1024 == 0 else f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x >= 1e3 else f"{x:g}")
         low, high = rows.cost.min(), rows.cost.max()
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 20 * low else (1,)))
-        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1000 else f"{y:g}")
         ax.minorticks_off()
         ax.grid(axis="y", color=FAINT, lw=0.8)
         ax.set_ylim(low / 1.6, high * (high / low) ** (0.16 * rows.side.nunique() + 0.1))          # room for the legend
