@@ -4,6 +4,8 @@ BIN := .venv/bin
 # Modules are compiled when they are first imported, and most never are: half the time of an installation.
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt
 PORT ?= 7860
+# The longest tests come first, so that two workers end at about the same time.
+FIRST := tests/test_train.py tests/test_eval_command.py tests/test_bench.py
 
 .PHONY: demo test lab notebooks docs sync card photos-card weights detector data faults bench load clean
 .DEFAULT_GOAL := demo
@@ -15,7 +17,7 @@ test: .venv/.stamp-dev  ## library and notebooks in sync and clean, README up to
 	tools/system_packages.sh
 	$(BIN)/python tools/sync.py --check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/faults $(if $(filter 1,$(LONG)),,-m "not long")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(filter 1,$(LONG)),,-m "not long") $(FIRST) $(filter-out $(FIRST),$(sort $(wildcard tests/test_*.py)))
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 docs: .venv/.stamp-dev  ## the notebooks as a site with search, build/docs/html/index.html; dead links and pictures without alt text fail it
