@@ -114,7 +114,7 @@ def show(picture, labels, templates, name, seen):
              "answers.json": ("application/json", json.dumps(measured | {"answers": answers.to_dict("records")}, indent=1, ensure_ascii=False))}
     return {note: "", verdict: verdict_html(answers), bars: bars_html(answers), table: table_html(answers.rename(columns={"classname": "label"}), "Every label, the most probable first") + download_links(files),
             voices: table_html(wording, f"What each template would answer alone, and what it adds to “{answers.classname[0]}”"),
-            code: python_lines(picture, answers, measured), state: seen}       # not the model: another may have been chosen meanwhile
+            code: python_lines(picture, answers, measured), model_name: name, state: seen}       # all of them: for what is left out, Gradio keeps a new component in the session at each answer
 
 PRESS = "element.addEventListener('click', event => { const button = event.target.closest('button'); if (button) trigger('click', {index: Number(button.dataset.index)}); });"
 

@@ -80,7 +80,7 @@ async def ask(client: httpx.AsyncClient, name: str, data: list, session: str) ->
         async for line in stream.aiter_lines():
             if line.startswith("event:"): event = line[6:].strip()
             elif line.startswith("data:"):
-                last = line[5:].strip()          # and on to the end of the stream, as a page does: the server's memory grows more with clients that leave before it
+                last = line[5:].strip()          # and on to the end of the stream, as a page does
     return event, last
 
 
