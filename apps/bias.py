@@ -9,7 +9,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from clip_lab.ui.theme import CSS, exposed, keep_quiet, launch_options, listening, note_html, only_uploads
+from clip_lab.ui.theme import CSS, chosen, exposed, keep_quiet, launch_options, listening, note_html, only_uploads
 
 keep_quiet()
 
@@ -78,10 +78,11 @@ def page(state, session, order, label, group, other):
     view = EXPLORER.view(bench_of(state.data, session), state)
     shown, query = chart_labels(view, order), f"?view={to_link(state)}" + f"&pin={to_link(session['pin'])}" * (session["pin"] != START)
     label, group = label if label in view.labels.names else shown[0], group if group in view.grouping.names else None
-    session = session | {"state": state, "shown": (order, label, group, other)}
+    had, offered = session["offered"], (view.labels.names, [EVERY, *view.grouping.names])
+    session = session | {"state": state, "shown": (order, label, group, other), "offered": offered}
     return {note: "", about: about_html(view.bench, emoji.STYLES[state.data].attribution if state.data in emoji.STYLES else ""), finding: finding_html(view), bars: rates_html(view, order, chosen=(label, group)), presets: presets_html(len(view.labels)), session_state: session,
             table: table_html(rates_table(view, list(dict.fromkeys([*shown, label]))), "Per cent of each group, with 95 % intervals"), behind: behind_html(view, label, group),
-            label_choice: gr.update(choices=view.labels.names, value=label), group_choice: gr.update(choices=[EVERY, *view.grouping.names], value=group or EVERY), curve: curve_svg(view.curve(label), state.threshold, label),
+            label_choice: chosen(label, offered[0], had[0]), group_choice: chosen(group or EVERY, offered[1], had[1]), curve: curve_svg(view.curve(label), state.threshold, label),
             goes: attempt(lambda: table_html(come_and_go_table(view, OTHERS[other]), f"Labels that a group gets at the lower of {100 * state.threshold:.3g} % and {other}, and not at the higher")),
             difference: attempt(lambda: compared_html(compare(before := pinned(session), view), before, view, label)), files: "", code: python_lines(view, LINES.get(state.data)),
             tests: table_html(tests_table(view), f"{int(view.tests.tested.sum())} of {len(view.tests)} labels are given and withheld often enough to be tested; the most different first"),
@@ -162,7 +163,7 @@ def left(*classes): return gr.Column(scale=4, min_width=320, elem_classes=list(c
 def right(): return gr.Column(scale=7, min_width=320)
 
 # The worked example is computed before the page is served, so that nobody ever sees it empty.
-FIRST = {"pin": START, "state": START, "shown": ("differ", chart_labels(EXPLORER.view(bench_of(START.data, {}), START))[0], None, "0.5 %")}
+FIRST = {"pin": START, "state": START, "shown": ("differ", chart_labels(EXPLORER.view(bench_of(START.data, {}), START))[0], None, "0.5 %"), "offered": ((), ())}
 with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
     gr.HTML(f'<header class="cl-head"><h1>{QUESTION}</h1><p>A model that names what it sees names people, too, and not all alike. Move the threshold, change the labels, and see who gets which.</p></header>')
     note, about, session_state = gr.HTML(elem_classes="cl-sticky"), gr.HTML(), gr.State(FIRST, time_to_live=4 * 3600)
@@ -217,7 +218,7 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
         with right(): code = gr.Code(language="python", label="Python", interactive=False, wrap_lines=True, show_line_numbers=False)
     for part, value in page(START, FIRST, *FIRST["shown"]).items():
         if part in (label_choice, group_choice): part.choices, part.value = [(c, c) for c in value["choices"]], value["value"]
-        elif part is not session_state: part.value = value
+        else: part.value = value
 
     shown = [note, about, finding, bars, table, behind, label_choice, group_choice, curve, goes, difference, tests, link, code, files, presets, session_state]
     steering = [data, by, threshold, slider, mode, base, text, templates, harm]
@@ -244,7 +245,6 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
 demo.queue(max_size=64, default_concurrency_limit=1)
 
 def launching(port=None, host="127.0.0.1"): return launch_options(port, host) | {"css": CSS + EXPLORE_CSS, "max_file_size": "100mb"}
-
 if __name__ == "__main__":
     if told := exposed(options.host): print(told, flush=True)
     demo.launch(**launching(options.port, options.host))

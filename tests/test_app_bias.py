@@ -139,6 +139,18 @@ def test_pinning_and_comparing(client):
     assert "Group both alike" in ask(client, by=["gender"])["difference"]
 
 
+def test_a_session_keeps_no_component_for_each_answer(app, client):
+    "What a dropdown offers follows the labels; a session that asks on and on must not grow with it."
+    def kept(): return sum(len(s.blocks_config.blocks) for s in app.demo.app.state_holder.session_data.values())
+    ask(client)
+    before = kept()
+    for threshold in range(1, 9): ask(client, threshold=threshold)
+    assert kept() == before
+    page = ask(client, text=TEXT + "\nchild | a child", label="child")
+    assert "child" in [name for _, name in page["label"]["choices"]] and page["label"]["value"] == "child"
+    assert ask(client)["label"]["value"] == "judge"
+
+
 def test_a_sealed_report_comes_as_a_zip(client, tmp_path):
     from clip_lab.audits.card import read_audit
     ask(client, threshold=3)
