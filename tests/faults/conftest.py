@@ -105,8 +105,20 @@ def as_text(run: dict) -> str:
     return "\n".join([*lines, *(f"  skipped: {name}: {why}" for name, why in run["skipped"].items())])
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    "What a worker of pytest-xdist found, added to what the others did."
+    run = getattr(node, "workeroutput", {}).get("faults")
+    if not run: return
+    TALLY.update({(r["test"], r["case"], r["outcome"]): r["n"] for r in run["rows"]})
+    SKIPPED.update(run["skipped"])
+    FAILED.update(run["failed"])
+    for test, seconds in run["seconds"].items(): TIMES[test] = round(TIMES.get(test, 0) + seconds, 2)
+
+
 def pytest_sessionfinish(session, exitstatus):
     if not TALLY: return
+    if hasattr(session.config, "workeroutput"): session.config.workeroutput["faults"] = found(); return
     (ROOT / "build").mkdir(exist_ok=True)
     (ROOT / "build" / "faults.json").write_text(json.dumps(run := found(), indent=1) + "\n")
     (ROOT / "build" / "faults.txt").write_text(as_text(run) + "\n")
