@@ -7,16 +7,18 @@ PORT ?= 7860
 # The longest tests come first, so that two workers end at about the same time.
 FIRST := tests/test_train.py tests/test_eval_command.py tests/test_bench.py
 
-.PHONY: demo test check lab notebooks docs sync card photos-card weights detector data faults bench load clean
+.PHONY: demo test packages check lab notebooks docs sync card photos-card weights detector data faults bench load clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.stamp-apps $(if $(filter 1,$(PHOTOS)),.venv/.stamp-photos)  ## classify shipped pictures, print the measured accuracy, open the app (APP=0: no app; PHOTOS=1: with a model for photographs)
 	$(if $(filter 1,$(PHOTOS)),CLIP_LAB_MODEL=photos )$(BIN)/clip-lab demo --port $(PORT) $(if $(filter 0,$(APP)),--no-app)
 
-test: check  ## the check, then notebooks run, tests pass (LONG=1: those too that take minutes for what rarely breaks)
-	tools/system_packages.sh
+test: packages check  ## the check, then notebooks run, tests pass (LONG=1: those too that take minutes for what rarely breaks)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(filter 1,$(LONG)),,-m "not long") $(FIRST) $(filter-out $(FIRST),$(sort $(wildcard tests/test_*.py))) tests/faults
+
+packages:  ## the browser and what else the tests use beyond Python; needs root on Debian, says so elsewhere
+	tools/system_packages.sh
 
 check: .venv/.stamp-dev  ## library and notebooks in sync and clean, README up to date
 	$(BIN)/python tools/sync.py --check
@@ -51,8 +53,7 @@ data: .venv/.stamp-dev  ## rebuild the shipped pictures from the studios' packag
 	$(PIP) -e '.[build]'
 	$(BIN)/python tools/build_data.py --work build/data
 
-faults: .venv/.stamp-dev  ## hostile files, kills and full disks, the long form of tests/faults; what was tried is in build/faults.txt
-	tools/system_packages.sh
+faults: packages .venv/.stamp-dev  ## hostile files, kills and full disks, the long form of tests/faults; what was tried is in build/faults.txt
 	CLIP_LAB_FAULTS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/faults
 
 bench: .venv/.stamp-dev  ## speed and memory beside the peers: bench/results/, shown in nbs/proof.ipynb

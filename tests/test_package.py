@@ -121,3 +121,9 @@ def test_every_notebook_has_the_same_kernel():
     kernels = {file: json.loads(file.read_text())["metadata"].get("kernelspec") for file in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts}
     assert len(kernels) > 120
     assert [f.name for f, kernel in kernels.items() if kernel != {"display_name": "python3", "language": "python", "name": "python3"}] == []
+
+
+def test_no_saved_output_names_a_place_of_the_machine_it_ran_on():
+    pages = {file: json.loads(file.read_text())["cells"] for file in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts}
+    said = {file: json.dumps([c["outputs"] for c in cells if c["cell_type"] == "code"]) for file, cells in pages.items()}
+    assert len(said) > 100 and not [str(file) for file, text in said.items() if "site-packages" in text]
