@@ -40,7 +40,7 @@ parser.add_argument("--model", default="emoji", help="a model that is on this ma
 options = parser.parse_args(None if __name__ == "__main__" else [])
 
 if gr.NO_RELOAD:        # editing this page reloads it in a second, without the weights
-    EXPLORER, BENCHES, START = Explorer(*load(options.model, local_files_only=True), options.model), {}, State()
+    EXPLORER, BENCHES, START = Explorer(*load(options.model, local_files_only=True), options.model, most_bytes=1 << 30), {}, State()
 
 SETS = {style: f"Drawn people, {about.title}" + (", a style the model was trained on" if about.role == "train" else "") for style, about in emoji.STYLES.items()}
 LINES, SOURCES = {"own": own_lines("pictures.zip")}, {style: dict(source=f"emoji:{style}", attributes=None, provenance=None, minimum=30, unknown=None) for style in emoji.STYLES}

@@ -192,6 +192,15 @@ def test_bad_uploads_are_refused_in_words(client, tmp_path, more, table, message
     assert message in own(client, packed(tmp_path / "bad.zip", more=more, **table))[-1]
 
 
+def test_together_uploads_take_no_more_than_there_is_room_for(app, client, tmp_path, monkeypatch):
+    monkeypatch.setattr(app.EXPLORER, "most_bytes", 1000)
+    archive = packed(tmp_path / "p.zip")
+    said = own(client, archive)[-1]
+    assert "There is no room for these pictures" in said and "still shows the pictures from before" in said
+    monkeypatch.setattr(app.EXPLORER, "most_bytes", 1 << 30)
+    assert "24 pictures" in own(client, archive)[-1]
+
+
 def test_an_upload_asks_for_its_provenance(client, tmp_path):
     assert "Who agreed to what?" in own(client, packed(tmp_path / "mine.zip"), answers=(PLAIN, PLAIN, PLAIN, " ", PLAIN))[-1]
     assert "There is no zip yet" in own(client, None)[-1]

@@ -17,6 +17,7 @@ from functools import cached_property
 import json
 import re
 import warnings
+from weakref import WeakSet
 import zlib
 
 import numpy as np
@@ -229,8 +230,9 @@ class Explorer:
         preprocess: Preprocess,
         name: str = "emoji",         # what `load` knows the model by
         remember: int = 24,          # results kept; the oldest go first
+        most_bytes: int | None = None,    # that the pictures of all benches in use may take, as uploaded; None: as much as there is
     ):
-        self.model, self.preprocess, self.name, self.remember = model, preprocess, name, remember
+        self.model, self.preprocess, self.name, self.remember, self.most_bytes, self._benches = model, preprocess, name, remember, most_bytes, WeakSet()
         self.texts, self.weights, self._known = TextWeights(model), weights_hash(model)[:16], OrderedDict()
 
     def _once(self, key: tuple, make: Callable):
@@ -240,8 +242,14 @@ class Explorer:
         while len(self._known) > self.remember: self._known.popitem(last=False)
         return found
 
+    def _check_room(self, people: People) -> None:
+        held, more = (sum(len(s) for p in several for s in p.data.pictures.sources if isinstance(s, bytes)) for several in ([b.people for b in self._benches], [people]))
+        if self.most_bytes is not None and held + more > self.most_bytes:
+            raise ValueError(f"There is no room for these pictures: they take {more / 1e6:,.1f} MB, and those in use already take {held / 1e6:,.1f} of {self.most_bytes / 1e6:,.1f} MB. Bring fewer or smaller ones, or try again later.")
+
     def look(self, people: People, at_a_time: int = 256) -> Iterator[tuple[int, Bench | None]]:
-        "Look at every picture once, a few at a time: how many are done, and at the end the bench. Unreadable pictures are left out and named."
+        "Look at every picture once, a few at a time: how many are done, and at the end the bench. Unreadable pictures are left out and named; a ValueError where `most_bytes` would be passed."
+        self._check_room(people)
         features, unread = [], []
         for start in range(0, len(people), at_a_time):
             part = people.data.pictures[start:start + at_a_time]
@@ -252,7 +260,8 @@ class Explorer:
             unread += [start + i for i, *_ in found.errors]
             yield start + len(part), None
         features, read = torch.cat(features), np.setdiff1d(np.arange(len(people)), unread)
-        yield len(people), Bench(people.select(read) if unread else people, features[read] if unread else features, tuple(people.data.pictures.names[i] for i in unread))
+        self._benches.add(bench := Bench(people.select(read) if unread else people, features[read] if unread else features, tuple(people.data.pictures.names[i] for i in unread)))
+        yield len(people), bench
 
     def bench(self, people: People) -> Bench:
         "`look`, all at once."
