@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'OWN', 'SECOND', 'MOST_LABELS', 'MOST_LINK', 'VERSION', 'State', 'check_state', 'to_link', 'from_link',
            'read_label_text', 'labels_of', 'label_text', 'typed_state', 'first_templates', 'with_harm', 'Bench',
-           'Explorer', 'View', 'compare', 'label_change', 'differences', 'own_lines', 'python_lines']
+           'check_room', 'Explorer', 'View', 'compare', 'label_change', 'differences', 'own_lines', 'python_lines']
 
 # %% ../../nbs/audits/48_explorer.ipynb #f7770b81
 from base64 import urlsafe_b64decode, urlsafe_b64encode
@@ -221,6 +221,12 @@ class Bench:
 
     def __len__(self) -> int: return len(self.people)
 
+def check_room(people: People, held: Sequence[Bench], most_bytes: int) -> None:      # held: in use already
+    "A ValueError where the uploaded files of these pictures do not fit beside the others'."
+    taken, more = (sum(len(s) for p in several for s in p.data.pictures.sources if isinstance(s, bytes)) for several in ([b.people for b in held], [people]))
+    if taken + more > most_bytes:
+        raise ValueError(f"There is no room for these pictures: they take {more / 1e6:,.1f} MB, and those in use already take {taken / 1e6:,.1f} of {most_bytes / 1e6:,.1f} MB. Bring fewer or smaller ones, or try again later.")
+
 # %% ../../nbs/audits/48_explorer.ipynb #f7b77609
 class Explorer:
     "One model, and what it has computed so far: scores for each (pictures, label set), counts for each grouping of them."
@@ -242,14 +248,9 @@ class Explorer:
         while len(self._known) > self.remember: self._known.popitem(last=False)
         return found
 
-    def _check_room(self, people: People) -> None:
-        held, more = (sum(len(s) for p in several for s in p.data.pictures.sources if isinstance(s, bytes)) for several in ([b.people for b in self._benches], [people]))
-        if self.most_bytes is not None and held + more > self.most_bytes:
-            raise ValueError(f"There is no room for these pictures: they take {more / 1e6:,.1f} MB, and those in use already take {held / 1e6:,.1f} of {self.most_bytes / 1e6:,.1f} MB. Bring fewer or smaller ones, or try again later.")
-
     def look(self, people: People, at_a_time: int = 256) -> Iterator[tuple[int, Bench | None]]:
         "Look at every picture once, a few at a time: how many are done, and at the end the bench. Unreadable pictures are left out and named; a ValueError where `most_bytes` would be passed."
-        self._check_room(people)
+        if self.most_bytes is not None: check_room(people, list(self._benches), self.most_bytes)
         features, unread = [], []
         for start in range(0, len(people), at_a_time):
             part = people.data.pictures[start:start + at_a_time]
