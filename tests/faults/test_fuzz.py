@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from clip_lab.archives import read_tensors
+from clip_lab.audits import photos
 from clip_lab.audits.card import read_audit, seal, write_audit
 from clip_lab.audits.explorer import State, from_link, read_label_text, to_link
 from clip_lab.audits.labels import label_set, read_labels, to_plain
@@ -352,10 +353,11 @@ def records(tmp_path_factory):
     write_audit(nursery.audit_of(1), folder / "audit")
     curate(nursery.shards(folder / "in")[:1], pd.DataFrame(dict(query=["cat"], sources="words")), folder / "curated", t=15, key_column="k")
     (folder / "emoji.card.json").write_text(Path(str(CARD_JSON)).read_text())
+    (folder / "photos.card.json").write_text((Path(str(CARD_JSON)).parent / "photos.card.json").read_text())
     def audit(file):
         seal(file.parent)           # whoever changes the numbers can write new checksums as well
         return read_audit(file.parent)
-    kinds = {"result": (result, lambda f: Results(f.parent).table()), "audit": (folder / "audit" / "audit.json", audit), "curation": (folder / "curated" / "report.json", lambda f: CurateReport.load(f.parent)), "card": (folder / "emoji.card.json", read_card)}
+    kinds = {"result": (result, lambda f: Results(f.parent).table()), "audit": (folder / "audit" / "audit.json", audit), "curation": (folder / "curated" / "report.json", lambda f: CurateReport.load(f.parent)), "card": (folder / "emoji.card.json", read_card), "card of photos": (folder / "photos.card.json", photos.read_card)}
     return Files({kind: (file, file.read_text(), reader) for kind, (file, reader) in kinds.items()}.items())
 
 
