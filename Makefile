@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt
 PORT ?= 7860
 # The longest tests come first, so that two workers end at about the same time.
-FIRST := tests/test_train.py tests/test_eval_command.py tests/test_bench.py
+FIRST := tests/test_train.py tests/faults tests/test_bench.py tests/test_eval_command.py tests/test_suite.py
 
 .PHONY: demo test packages check lab notebooks docs sync card photos-card weights detector data faults bench load clean
 .DEFAULT_GOAL := demo
@@ -15,7 +15,7 @@ demo: .venv/.stamp-apps $(if $(filter 1,$(PHOTOS)),.venv/.stamp-photos)  ## clas
 
 test: packages check  ## the check, then notebooks run, tests pass (LONG=1: those too that take minutes for what rarely breaks)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(filter 1,$(LONG)),,-m "not long") $(FIRST) $(filter-out $(FIRST),$(sort $(wildcard tests/test_*.py))) tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(filter 1,$(LONG)),,-m "not long") $(FIRST) $(filter-out $(FIRST),$(sort $(wildcard tests/test_*.py)))
 
 packages:  ## the browser and what else the tests use beyond Python; needs root on Debian, says so elsewhere
 	tools/system_packages.sh
