@@ -79,7 +79,7 @@ def _read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> 
     try:
         with archive.open(info) as file: data = file.read(info.file_size + 1)
     except Exception as error:        # whatever a decoder raises on damage
-        raise UploadError(f"{where}: {info.filename[:80]!r} cannot be unpacked ({error}). Pack it again as an ordinary zip.") from error
+        raise UploadError(f"{where}: {info.filename[:80]!r} cannot be unpacked ({str(error):.200}). Pack it again as an ordinary zip.") from error
     if len(data) != info.file_size: raise UploadError(f"{where}: {info.filename[:80]!r} is not as large as the archive says. Pack it again.")
     return data
 
@@ -266,7 +266,7 @@ def read_zip(
     if (size := archive.stat().st_size) > limits.archive_bytes: raise UploadError(f"{archive.name} has {size / 1e6:,.0f} MB; the limit is {limits.archive_bytes / 1e6:,.0f} MB. Scale the pictures down, or pack fewer.")
     given = _table_bytes(table, limits)
     try: opened = zipfile.ZipFile(archive)
-    except Exception as error: raise UploadError(f"{archive.name} is not a zip ({error}). Pack the pictures as a zip.") from error
+    except Exception as error: raise UploadError(f"{archive.name} is not a zip ({str(error):.200}). Pack the pictures as a zip.") from error
     with opened: return _gathered(_zip_entries(opened, archive.name, limits), given, archive.name, column, attributes, limits)
 
 def read_folder(

@@ -112,9 +112,10 @@ def human():
     stop(process)
 
 
-def crowd(name, process, url, users, **more):
-    "The short form of bench/app_load.py. Times are reported, not judged."
-    found = asyncio.run(app_load.together(name, url, process.pid, users=users, seconds=many(3, 60), **more))
+def crowd(name, process, url, users): judged(name, users, asyncio.run(app_load.together(name, url, process.pid, users=users, seconds=many(3, 60))))
+
+def judged(name, users, found):
+    "What the short form of bench/app_load.py found. Times are reported, not judged."
     assert found["errors"] == 0 and found["requests"] >= users / 2 and found["others"]["page"]["requests"], found
     if found["rss_mib"]: assert found["rss_mib"]["peak"] < 2 * found["rss_mib"]["mib"][0]
     tally(f"app {name}, people at once", "own answers", found["requests"])
@@ -122,7 +123,10 @@ def crowd(name, process, url, users, **more):
 
 def test_several_people_get_their_own_answers(app): crowd("zeroshot", *app, users=many(8, 50))
 def test_several_people_get_their_own_view_and_keep_what_they_pinned(bias): crowd("bias", *bias, users=many(6, 50))
-def test_several_participants_stay_who_they_are_and_only_the_token_opens_the_researchers_pages(human): crowd("human", *human, users=4, think=0.05, token=TOKEN, study="flags")
+def test_several_participants_stay_who_they_are_and_only_the_token_opens_the_researchers_pages():
+    "In a study that has a place for whoever comes again."
+    pytest.importorskip("sqlalchemy", reason="the study's database needs SQLAlchemy: pip install 'clip_lab[study]'")
+    judged("human", users := many(4, 50), app_load.load(ROOT / "apps" / "human.py", users, many(3, 60), think=many(0.05, 1)))
 
 
 async def meanwhile(url: str, slow, others: dict) -> dict:
