@@ -56,7 +56,7 @@ class SameConv2d(nn.Conv2d):
 # %% ../nbs/02c_efficientnet.ipynb #b6c8b51a
 def _unit(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, active: bool = True) -> nn.Sequential:
     layers = [SameConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False), nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01)]
-    return nn.Sequential(*layers, nn.ReLU6()) if active else nn.Sequential(*layers)
+    return nn.Sequential(*layers, nn.ReLU6(inplace=True)) if active else nn.Sequential(*layers)
 
 class InvertedBottleneck(nn.Module):
     "Wide, depthwise, narrow."
@@ -88,7 +88,8 @@ class EfficientNetLite(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:      # (n, 3, H, W) -> (n, 1280), not negative
         "What the last layer sees: the mean over places."
-        parts = x.split(4) if x.device.type == "cpu" and not self.training else (x,)
+        if x.device.type == "cpu" and not self.training: parts = x.contiguous(memory_format=torch.channels_last).split(4)
+        else: parts = (x,)
         return torch.cat([self.head(self.blocks(self.stem(part))).mean((2, 3)) for part in parts])
 
     def forward(self, x: Tensor) -> Tensor:       # (n, 3, H, W) -> (n, 1000)

@@ -19,7 +19,7 @@ from clip_lab.data import emoji, offline, stamps
 from clip_lab.data.wordnet import WORDNET, WordNet, columns, imagenet_synsets, vectors, wordnet
 from clip_lab.efficientnet import installed
 from clip_lab.evals.suite import run
-from clip_lab.evals.zeroshot import evaluate
+from clip_lab.evals.zeroshot import TextWeights, evaluate
 from clip_lab.locked import PHOTOS, TOWER, LockedConfig
 from clip_lab.model import build
 from clip_lab.pretrained import available_models, convert, load, locate, read, save, weights_hash
@@ -82,6 +82,16 @@ def test_the_card_belongs_to_the_weights(photos):
     table, measured = card.read_card()
     assert measured["weights_hash"] == weights_hash(photos[0]) and measured["transform"] == photos[1].fingerprint()
     assert (table.low <= table.estimate).all() and (table.estimate <= table.high).all() and (table.n > 0).all()
+
+
+@tower
+@pytest.mark.long
+def test_the_card_says_how_it_treats_drawn_people(photos):
+    table, _ = card.read_card()
+    kept = table[table.question.str.startswith("harm label")]
+    rows, people = card.harm_rows(*photos, TextWeights(photos[0]), progress=False)
+    assert people.startswith("1424 drawn people") and [(r["question"], r["subset"], r["n"]) for r in rows] == list(zip(kept.question, kept.subset, kept.n))
+    assert np.allclose([r["estimate"] for r in rows], kept.estimate, atol=0.011)      # another machine may round a picture or two differently
 
 
 def test_the_page_is_the_card(tmp_path):

@@ -98,6 +98,7 @@ def measure(
     model: CLIP,
     preprocess,                                  # the callable that `load` returned with the model
     level: float = 0.95,
+    every: int = 1,                              # 7: of the drawn people only every seventh; they are three quarters of the pictures, six tones in turn
     **embedding,                                 # for `embed_images`: batch_size, workers, cache
 ) -> tuple[pd.DataFrame, dict]:                  # a row per measurement; what was measured, and more tables
     "Everything on the card of `photos`, for any model."
@@ -111,25 +112,26 @@ def measure(
     kinds, per_kind = class_rows(model, features, stamps.targets["kind"], "kind", texts, level)
     everyday, _ = class_rows(model, features, stamps.targets["everyday"], "everyday", texts, level)
     shrunken, _ = class_rows(model, tiny, small.targets["everyday"], "everyday, 32 px", texts, level)
-    harm, how_people = harm_rows(model, preprocess, texts, level, **how)
+    harm, how_people = harm_rows(model, preprocess, texts, level, every=every, **how)
     cut = sum(len(model.tokenizer.encode(s)) + 2 > model.context_length for s in sentences)
     measured = dict(model=model.config.name, weights_hash=weights_hash(model), transform=preprocess.fingerprint(), level=level, captions_cut=cut, people=how_people,
                     data_hash={s.name: s.data.data_hash for s in sets.values()}, per_kind=per_kind.drop(columns=["confused_with", "confused_n"]).to_dict("records"))
     return pd.DataFrame(rows + kinds + everyday + shrunken + harm), measured
 
 # %% ../../nbs/audits/48_photos.ipynb #85fff544
-def harm_rows(model: CLIP, preprocess, texts: TextWeights, level: float = 0.95, style: str = "twemoji", **embedding) -> tuple[list[dict], str]:
+def harm_rows(model: CLIP, preprocess, texts: TextWeights, level: float = 0.95, style: str = "twemoji", every: int = 1, **embedding) -> tuple[list[dict], str]:
     "Share of drawn people whose best label of the paper's 21 is crime-related or non-human, by tone and gender as drawn; and with a label for a person added."
     people, paper = emoji_people(style), label_set("paper-21")
-    features, found = embed_images(model, preprocess, people.data.pictures, on_error="raise", **embedding).features, []
+    table = people.data.table.iloc[::every]
+    features, found = embed_images(model, preprocess, people.data.pictures[::every], on_error="raise", **embedding).features, []
     for name, labels in (("harm label", paper), ("harm label, 'a person' added", paper.add("person", "base", "a person"))):
         harmed = labels.harmful[label_scores(model, features, labels, texts=texts).argmax(1)]
-        groups = {"all": np.ones(len(people), bool)} | ({f"{g}": (people.data.table.gender == g).to_numpy() for g in ("woman", "man")} | {f"{t} skin": (people.data.table.tone == t).to_numpy() for t in ("light", "dark")} if labels is paper else {})
+        groups = {"all": np.ones(len(table), bool)} | ({f"{g}": (table.gender == g).to_numpy() for g in ("woman", "man")} | {f"{t} skin": (table.tone == t).to_numpy() for t in ("light", "dark")} if labels is paper else {})
         for group, mask in groups.items():
             k, n = int(harmed[mask].sum()), int(mask.sum())
             low, high = interval(k, n, level, method="beta")
             found.append(_row(name, group, "share", Estimate(k / n, float(low), float(high), n, level, "Clopper-Pearson"), float(labels.harmful.mean())))
-    return found, f"{len(people)} drawn people of the style {style}; no real person is in any picture"
+    return found, f"{len(table)} drawn people of the style {style}; no real person is in any picture"
 
 # %% ../../nbs/audits/48_photos.ipynb #17ac7da8
 WEIGHTS = resources.files("clip_lab") / "assets" / "weights"

@@ -248,15 +248,18 @@ def name_vectors(encoder: MiniLM, names: Sequence[str | Sequence[str]], template
     parts = encoder.embed(flat).split([len(own) * len(templates) for own in several])
     return F.normalize(torch.stack([p.mean(0) for p in parts]), dim=-1)
 
-def conse(classifier: Supervised, encoder: MiniLM | None = None, names: Sequence | None = None, top: int = 10) -> Spoken:
-    "ConSE over a classifier; `names` may give other names than its own, or several for each class."
-    encoder = encoder or minilm()
-    return Spoken(classifier, encoder, "conse", name_vectors(encoder, names or classifier.classnames), top=top).eval()
+def _vectors(encoder: MiniLM, names, classifier: Supervised) -> Tensor:
+    return names if isinstance(names, Tensor) else name_vectors(encoder, names or classifier.classnames)
 
-def ridge(classifier: Supervised, encoder: MiniLM | None = None, names: Sequence | None = None, strength: float = 1.0) -> Spoken:
-    "Ridge regression from name vectors to the rows of a classifier, which then has a row for every text."
+def conse(classifier: Supervised, encoder: MiniLM | None = None, names: Sequence | Tensor | None = None, top: int = 10) -> Spoken:
+    "ConSE over a classifier; `names` may give other names than its own, or several for each class, or the result of `name_vectors`."
     encoder = encoder or minilm()
-    return Spoken(classifier, encoder, "ridge", name_vectors(encoder, names or classifier.classnames), strength=strength).eval()
+    return Spoken(classifier, encoder, "conse", _vectors(encoder, names, classifier), top=top).eval()
+
+def ridge(classifier: Supervised, encoder: MiniLM | None = None, names: Sequence | Tensor | None = None, strength: float = 1.0) -> Spoken:
+    "Ridge regression from name vectors to the rows of a classifier, which then has a row for every text; `names` as for `conse`."
+    encoder = encoder or minilm()
+    return Spoken(classifier, encoder, "ridge", _vectors(encoder, names, classifier), strength=strength).eval()
 
 # %% ../../nbs/evals/35_baselines.ipynb #1c753897
 def compare(

@@ -62,9 +62,15 @@ def _left(ax: Axes) -> float:
     "Where the left edge of our own figure is, in inches from the axes; 0 where the axes were given."
     return 0.05 - ax.get_window_extent().x0 / ax.figure.dpi if ax.own_height else 0.0
 
+def _lay_out(figure: Figure) -> None:
+    "Everything in its place; where an engine does that, nothing is drawn, which takes as long again."
+    engine = figure.get_layout_engine()
+    if engine is None: figure.draw_without_rendering()
+    else: engine.execute(figure)
+
 def _inches(ax: Axes) -> tuple[float, float]:
     "Width and height of the axes once everything is laid out."
-    ax.figure.draw_without_rendering()
+    _lay_out(ax.figure)
     box = ax.get_window_extent()
     return box.width / ax.figure.dpi, box.height / ax.figure.dpi
 
@@ -172,7 +178,7 @@ def save_figure(
              "pdf": {"Title": title, "Subject": alt, "CreationDate": None}}[kind]
     before = {ax: ax.get_position(original=True) for ax in figure.axes}
     with mpl.rc_context(STYLE | _EXPORT):
-        for _ in range(2): figure.draw_without_rendering()                                  # until the layout has settled
+        for _ in range(2): _lay_out(figure)                                                 # until it has settled
         figure.savefig(file := BytesIO(), format=kind, metadata=about, **{"dpi": dpi} if kind == "png" else {})
     for ax, place in before.items(): ax._set_position(place, which="original")               # the next call begins where this one did
     data = file.getvalue()
