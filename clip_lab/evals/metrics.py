@@ -45,21 +45,22 @@ def roc_auc(
     n_resamples: int = 1000,
 ) -> Estimate:
     "Area under the ROC curve with a bootstrap interval stratified by class; one class only, or NaN, is a ValueError."
-    from scipy.stats import rankdata
     scores, truth = np.asarray(scores, dtype=float), np.asarray(truth)
     if scores.shape != truth.shape or scores.ndim != 1: raise ValueError(f"scores have shape {scores.shape} and labels {truth.shape}; expected (n,) each")
     if not np.isfinite(scores).all(): raise ValueError(f"score {int((~np.isfinite(scores)).argmax())} is not finite")
     truth = truth.astype(bool)
     if truth.all() or not truth.any(): raise ValueError(f"all {len(truth)} pictures are of one class; a ROC curve needs both")
-    parts, rng = (scores[~truth], scores[truth]), np.random.default_rng(seed)
-    def area(below, above):   # (..., n0), (..., n1): Mann-Whitney's U over the number of pairs; ties count half
-        n0, n1 = below.shape[-1], above.shape[-1]
-        r = rankdata(np.concatenate([below, above], axis=-1), axis=-1)
-        return (r[..., n0:].sum(-1) - n1 * (n1 + 1) / 2) / (n0 * n1)
+    values, places = np.unique(scores, return_inverse=True)
+    parts, rng = (places[~truth], places[truth]), np.random.default_rng(seed)
+    def counts(drawn):        # (rows, n) places among the values -> (rows, values): how often each is there
+        return np.bincount((drawn + len(values) * np.arange(len(drawn))[:, None]).ravel(), minlength=len(drawn) * len(values)).reshape(len(drawn), -1)
+    def area(below, above):   # (rows, n0), (rows, n1): Mann-Whitney's U over the number of pairs; ties count half
+        below_n, above_n = counts(below), counts(above)
+        return (above_n * (np.cumsum(below_n, axis=1) - below_n / 2)).sum(1) / (below.shape[1] * above.shape[1])
     size = max(1, 2 ** 22 // len(scores))
     drawn = np.concatenate([area(*(rng.choice(p, (min(size, n_resamples - i), len(p))) for p in parts)) for i in range(0, n_resamples, size)])
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(area(*parts)), float(low), float(high), len(truth), level, "stratified bootstrap")
+    return Estimate(float(area(*(p[None] for p in parts))[0]), float(low), float(high), len(truth), level, "stratified bootstrap")
 
 # %% ../../nbs/evals/22b_metrics.ipynb #75cc0ca4
 def _eleven_points(relevant: np.ndarray, weight: np.ndarray) -> np.ndarray:
