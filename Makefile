@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Modules are compiled when they are first imported, and most never are: half the time of an installation.
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt
+# ... and kept then, whatever the environment says: each of the hundreds of processes that tests start would compile torch again.
+export PYTHONDONTWRITEBYTECODE :=
 PORT ?= 7860
 # The longest tests come first, so that two workers end at about the same time.
 FIRST := tests/test_train.py tests/faults tests/test_bench.py tests/test_eval_command.py tests/test_suite.py
