@@ -223,7 +223,6 @@ def test_processes_give_the_same_bytes(whole, tmp_path, workers):
     assert content(tmp_path / "out") == content(folder)
 
 
-@pytest.mark.long
 def test_ray_gives_the_same_bytes(whole, tmp_path):
     ray = pytest.importorskip("ray", reason="pip install 'clip_lab[ray]'")
     _, shards, folder, _ = whole

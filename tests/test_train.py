@@ -67,7 +67,7 @@ def pairs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source, processes", [("drawings", 1), ("files", 2), pytest.param("drawings", 2, marks=pytest.mark.long), pytest.param("files", 1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("source, processes", [("drawings", 1), ("drawings", 2), ("files", 1), ("files", 2)])
 def test_killed_at_any_step_a_run_continues_bit_for_bit(tmp_path, pairs, processes, source):
     data = DRAWINGS if source == "drawings" else ["--data", pairs, "--max-bad", "0.1", "--workers", "1"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -222,7 +222,6 @@ def test_sharded_weights_end_where_one_process_and_plain_copies_end(tmp_path):
     assert [line["step"] for line in log(tmp_path / "sharded" / "plain") if "top1" in line] == [2, 4]
 
 
-@pytest.mark.long
 def test_a_sharded_run_continues_bit_for_bit_and_not_unsharded(tmp_path):
     runs = dict(drawings=dict(model="emoji"))      # with batch norm, whose statistics are no parameters
     assert ranks(tmp_path / "whole", 2, runs, sharded=True).returncode == 0
