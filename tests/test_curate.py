@@ -223,6 +223,7 @@ def test_processes_give_the_same_bytes(whole, tmp_path, workers):
     assert content(tmp_path / "out") == content(folder)
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_bytes(whole, tmp_path):
     ray = pytest.importorskip("ray", reason="pip install 'clip_lab[ray]'")
     _, shards, folder, _ = whole

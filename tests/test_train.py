@@ -222,6 +222,7 @@ def test_sharded_weights_end_where_one_process_and_plain_copies_end(tmp_path):
     assert [line["step"] for line in log(tmp_path / "sharded" / "plain") if "top1" in line] == [2, 4]
 
 
+@pytest.mark.slow
 def test_a_sharded_run_continues_bit_for_bit_and_not_unsharded(tmp_path):
     runs = dict(drawings=dict(model="emoji"))      # with batch norm, whose statistics are no parameters
     assert ranks(tmp_path / "whole", 2, runs, sharded=True).returncode == 0
