@@ -253,6 +253,37 @@ def test_table2_by_loops(seed):
     assert ((found.low <= found.estimate + 1e-9) & (found.estimate <= found.high + 1e-9))[found.n > 0].all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_weighted_majorities_by_loops(seed, monkeypatch):
+    "All resamples at once, in pieces, and one by one."
+    t, rng = random_table(seed, people=5, pictures=8), np.random.default_rng(seed)
+    found, w = a._Table2(t), rng.integers(0, 3, (40, len(t))).astype(np.float32) * np.float32(8 / 7)
+    def plain(row, counted):
+        by = {}
+        for picture, own in t.assign(w=row, voted=row * counted, all=1).groupby("picture"):
+            votes = own.groupby("answer").voted.sum().sort_values(ascending=False)
+            if votes.iloc[0] > 0 and (votes > votes.iloc[0] - 1e-6).sum() == 1: by.setdefault(own.truth.iloc[0], []).append((own.w.sum() / own["all"].sum(), votes.index[0] == own.truth.iloc[0]))
+        classes = [np.average([right for _, right in pairs], weights=[weight for weight, _ in pairs]) for pairs in by.values()]
+        return np.mean(classes) if classes else np.nan
+    for function, counted in ((found.majority, np.ones(len(t))), (found.guess_majority, found.guess)):
+        whole = function(w)
+        assert np.allclose(whole, [plain(row, counted) for row in w], atol=1e-6, equal_nan=True)
+        with monkeypatch.context() as m:
+            m.setattr(a, "_PIECE", 100)
+            assert np.array_equal(function(w), whole, equal_nan=True)
+
+
+def test_drawing_again_is_multinomial():
+    "Sums, means and variances of the weights; a unit's answers weigh alike, and strata are kept."
+    unit, stratum = np.array([0, 0, 1, 2, 3, 4, 4, 5]), np.array([0, 0, 0, 0, 1, 1, 1, 2])           # the last stratum has one unit
+    w = a._redrawn(unit, stratum, 60_000, np.random.default_rng(0))
+    assert np.array_equal(w[:, 0], w[:, 1]) and np.array_equal(w[:, 5], w[:, 6]) and (w[:, 7] == 1).all()
+    assert np.allclose(w[:, [0, 2, 3]].sum(1), 3, atol=1e-5) and np.allclose(w[:, [4, 5]].sum(1), 2, atol=1e-5)
+    assert np.allclose(w.mean(0), 1, atol=0.02)
+    exact = lambda n: (n / (n - 1)) ** 2 * (n - 1) * (1 / n) * (1 - 1 / n)                             # of a binomial of n - 1, scaled
+    assert np.allclose(w[:, [0, 2, 3]].var(0), exact(3), rtol=0.03) and np.allclose(w[:, [4, 5]].var(0), exact(2), rtol=0.03)
+
+
 def test_table2_leaves_practice_and_checks_out(study):
     t = simulate(study, Crowd())
     assert a.table2(t, n_resamples=20).equals(a.table2(t[t.kind == "study"], n_resamples=20))

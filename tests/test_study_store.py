@@ -195,6 +195,26 @@ def test_who_left_is_judged_by_the_declared_rule_for_the_unfinished(tmp_path, un
     store.close()
 
 
+def test_results_where_the_rules_leave_nobody(tmp_path):
+    declared = open_study(demo_design(**SMALL, repeats=5, exclude=Exclusion(unfinished=True)))
+    store = Store(f"sqlite:///{tmp_path}/study.db", declared)
+    person = store.enrol(key := store.ticket())
+    for trial in person.trials[:6]: store.answer(key, trial.id, trial.wanted, 5.0)
+    page = results_html(store, model_answers(declared, *clip_lab.load()), "emoji")
+    assert "1 of 1 person is left out by the rules of the design: unfinished." in page and "No answers are left by the rules of the design." in page and "Table 2" not in page
+    store.close()
+
+
+def test_one_persons_answers_and_everybodys(store):
+    keys = [store.ticket() for _ in range(2)]
+    people = [store.enrol(key) for key in keys]
+    for key, person in zip(keys, people): run_through(store, key)
+    whole = answers_table(store)
+    mine = answers_table(store, participant=people[1].id)
+    assert mine.equals(whole[whole.participant == people[1].id].reset_index(drop=True)) and len(mine) == len(people[1].trials) and answers_table(store, participant="nobody").empty
+    assert people_table(store, whole).equals(people_table(store))
+
+
 def test_the_seat_of_the_longest_silent_is_given_again(store, study):
     keys = [store.ticket() for _ in range(study.seats)]
     people = [store.enrol(key) for key in keys]

@@ -181,7 +181,7 @@ def save_design(design: Design, file: str | Path) -> Path:
     return write_whole(file, json.dumps(values, indent=1, ensure_ascii=False) + "\n" if file.suffix.lower() == ".json" else yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
 
 # %% ../../nbs/humans/50_design.ipynb #5ff68484
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Trial:
     "One picture and one answer of one seat."
     id: str                     # unique in its seat and stable: "s3-017"
@@ -228,7 +228,7 @@ class Study:
         self.pictures, self._examples, self._spare = ({key: target.classnames[target.labels[i]] for key, i in of[pool].items()} for pool in ("study", "examples", "spare"))
         self.blocks = list(design.shots)
         if wrong := self._impossible(): raise ValueError(f"design {design.name!r} with {data.name}: " + "; ".join(wrong))
-        self._ring = _circle(self.pictures, design.hash)
+        self._ring, self._seen = _circle(self.pictures, design.hash), {}
 
     @property
     def needed(self) -> int:
@@ -256,6 +256,10 @@ class Study:
     def trials(self, seat: int) -> tuple[Trial, ...]:      # seat: 1 .. seats
         "All trials of a seat in their order; the same ones whenever it is asked."
         if not _whole(seat, 1, self.seats): raise ValueError(f"seat {seat!r}: expected a whole number from 1 to {self.seats}")
+        if seat not in self._seen: self._seen[seat] = self._drawn(seat)
+        return self._seen[seat]
+
+    def _drawn(self, seat: int) -> tuple[Trial, ...]:
         found = [(-1, self.blocks[0], "practice", key, self._spare[key], None) for key in _shuffled(self._spare, self.design.hash, seat, "practice")[:self.design.practice]]
         for block, shots, places in self._rounds(seat - 1):
             keys = _shuffled([self._ring[i] for i in places], self.design.hash, seat, block)

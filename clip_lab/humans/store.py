@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from functools import cached_property
 import hashlib
 import hmac
 from importlib import resources
@@ -31,7 +32,7 @@ try:
     import sqlalchemy as sa
 except ImportError as error: raise ImportError("a study's database needs SQLAlchemy and Alembic: pip install 'clip_lab[study]'") from error
 
-from .design import DONT_KNOW
+from .design import DONT_KNOW, trial_frame
 
 # %% ../../nbs/humans/54_store.ipynb #312c1546
 class Utc(sa.types.TypeDecorator):
@@ -203,6 +204,11 @@ class Database:
             self.plans[seat] = trials, {trial.id: i for i, trial in enumerate(trials)}
         return self.plans[seat]
 
+    @cached_property
+    def planned(self) -> pd.DataFrame:
+        "A row per block and picture: block, shots, picture, truth, planned (different people)."
+        return trial_frame(self.study)[lambda t: t.kind == "study"].groupby(["block", "shots", "picture", "truth"]).seat.nunique().rename("planned").reset_index()
+
     def close(self): self.engine.dispose()
 
 def _now() -> datetime: return datetime.now(timezone.utc)
@@ -340,11 +346,13 @@ def _timing(seconds, shown: datetime, now: datetime) -> dict:
 # %% ../../nbs/humans/54_store.ipynb #7fec9ea7
 COLUMNS = ("participant", "seat", "trial", "number", "block", "shots", "kind", "picture", "truth", "instructed", "answer", "seconds", "timed_by", "at")
 
-def answers_table(store: Store, withdrawn: bool = False) -> pd.DataFrame:      # withdrawn: those that were taken back instead
+def answers_table(store: Store, withdrawn: bool = False, participant: str | None = None) -> pd.DataFrame:      # withdrawn: those that were taken back instead; participant: only theirs
     "A row per answer in the order of people and trials, columns COLUMNS (and `undone`)."
     table = WITHDRAWN if withdrawn else ANSWERS
     chosen = [PEOPLE.c.seat if name == "seat" else table.c[name] for name in (*COLUMNS, *(["undone"] if withdrawn else []))]
-    with store.reading() as c: rows = c.execute(sa.select(*chosen).join(PEOPLE, PEOPLE.c.id == table.c.participant).order_by(PEOPLE.c.joined, table.c.participant, table.c.number, table.c.id)).all()
+    asked = sa.select(*chosen).join(PEOPLE, PEOPLE.c.id == table.c.participant).order_by(PEOPLE.c.joined, table.c.participant, table.c.number, table.c.id)
+    if participant is not None: asked = asked.where(table.c.participant == participant)
+    with store.reading() as c: rows = c.execute(asked).all()
     return pd.DataFrame(rows, columns=[column.name for column in chosen])
 
 def recruitment(store: Store) -> pd.DataFrame:        # one row: seats, free, active, silent, finished, left, deleted
@@ -358,32 +366,28 @@ def recruitment(store: Store) -> pd.DataFrame:        # one row: seats, free, ac
     return pd.DataFrame([{"seats": store.study.seats, "free": free, **{s: states.count(s) for s in ("active", "silent", "finished", "left")}, "deleted": deleted}])
 
 # %% ../../nbs/humans/54_store.ipynb #aae95ff9
-def people_table(store: Store) -> pd.DataFrame:
+def people_table(store: Store, answers: pd.DataFrame | None = None) -> pd.DataFrame:      # answers: from `answers_table`, where they are at hand
     "A row per participant: progress, times, checks passed, share of `I don't know`, how fast, how often taken back."
     with store.reading() as c: people = pd.DataFrame(c.execute(sa.select(PEOPLE.c["id", "seat", "done", "gone", "joined", "seen", "finished"]).order_by(PEOPLE.c.joined)).all(),
                                                      columns=["participant", "seat", "done", "gone", "joined", "seen", "finished"])
-    answers, undone = answers_table(store), answers_table(store, withdrawn=True)
-    rows = []
-    for person in people.itertuples():
-        mine = answers[answers.participant == person.participant]
-        study, checks = mine[mine.kind == "study"], mine[mine.kind == "attention"]
-        state = "left" if person.gone else "finished" if not pd.isna(person.finished) else "active" if person.seen >= _now() - store.release_after else "silent"
-        rows.append({"participant": person.participant, "seat": person.seat, "state": state, "answered": person.done, "of": len(store.plan(person.seat)[0]), "joined": person.joined, "last seen": person.seen,
-                     "minutes": max(0.0, round((person.seen - person.joined).total_seconds() / 60, 1)), "checks passed": f"{int((checks.answer == checks.instructed.fillna(checks.truth)).sum())} of {len(checks)}",
-                     "don't know": (study.answer == DONT_KNOW).mean() if len(study) else None, "too fast": (study.seconds < store.study.design.min_seconds).mean() if len(study) else None,
-                     "median seconds": round(study.seconds.median(), 2) if len(study) else None, "timed by server": int((mine.timed_by == "server").sum()), "taken back": int((undone.participant == person.participant).sum())})
-    return pd.DataFrame(rows, columns=["participant", "seat", "state", "answered", "of", "joined", "last seen", "minutes", "checks passed", "don't know", "too fast", "median seconds", "timed by server", "taken back"])
+    t, undone = answers_table(store) if answers is None else answers, answers_table(store, withdrawn=True).participant.value_counts()
+    who, since = people.participant, _now() - store.release_after
+    checks, study = t[t.kind == "attention"], t[t.kind == "study"]
+    each = lambda flags, rows: flags.groupby(rows.participant).sum().reindex(who, fill_value=0).astype(int).tolist()
+    passed, asked = each(checks.answer == checks.instructed.fillna(checks.truth), checks), each(checks.kind == "attention", checks)
+    own = study.assign(unsure=study.answer == DONT_KNOW, fast=study.seconds < store.study.design.min_seconds).groupby("participant").agg(unsure=("unsure", "mean"), fast=("fast", "mean"), median=("seconds", "median")).reindex(who).reset_index()
+    state = ["left" if p.gone else "finished" if not pd.isna(p.finished) else "active" if p.seen >= since else "silent" for p in people.itertuples()]
+    return pd.DataFrame({"participant": who, "seat": people.seat, "state": state, "answered": people.done, "of": [len(store.plan(seat)[0]) for seat in people.seat], "joined": people.joined, "last seen": people.seen,
+                         "minutes": [max(0.0, round((p.seen - p.joined).total_seconds() / 60, 1)) for p in people.itertuples()], "checks passed": [f"{a} of {b}" for a, b in zip(passed, asked)],
+                         "don't know": own.unsure, "too fast": own.fast, "median seconds": own["median"].round(2), "timed by server": each(t.timed_by == "server", t), "taken back": undone.reindex(who, fill_value=0).tolist()})
 
 def balance_table(store: Store) -> pd.DataFrame:      # a row per block, picture: block, shots, picture, truth, planned, answered
     "How many different people each picture should get in each block, and how many it has; the answers of people who left do not count."
-    planned = [(t.block, t.shots, t.picture, t.truth, seat) for seat in range(1, store.study.seats + 1) for t in store.plan(seat)[0] if t.kind == "study"]
-    keys = ["block", "shots", "picture", "truth"]
-    plan = pd.DataFrame(planned, columns=[*keys, "seat"]).groupby(keys).seat.nunique().rename("planned").reset_index()
     with store.reading() as c:
         rows = c.execute(sa.select(ANSWERS.c.block, ANSWERS.c.picture, sa.func.count(sa.distinct(ANSWERS.c.participant))).join(PEOPLE, PEOPLE.c.id == ANSWERS.c.participant)
                          .where(ANSWERS.c.kind == "study", PEOPLE.c.gone.is_(False)).group_by(ANSWERS.c.block, ANSWERS.c.picture)).all()
     found = pd.DataFrame(rows, columns=["block", "picture", "answered"])
-    return plan.merge(found, on=["block", "picture"], how="left").fillna({"answered": 0}).astype({"answered": int})
+    return store.planned.merge(found, on=["block", "picture"], how="left").fillna({"answered": 0}).astype({"answered": int})
 
 # %% ../../nbs/humans/54_store.ipynb #3517118a
 def check_finish_codes(store: Store, codes: list[str]) -> pd.DataFrame:      # a row per code: code, good

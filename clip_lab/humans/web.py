@@ -70,7 +70,7 @@ def person_reply(store: Store, person: Person, key: str, language: str | None = 
 def person_scores(store: Store, person: Person, found: pd.DataFrame) -> list[dict]:      # found: from `model_answers`; -> a dict per block and way: shots, how, you, model, of
     "What somebody who has finished is told: right answers in each block, and the model's on the same pictures."
     if not person.finished: return []
-    mine = answers_table(store)[lambda t: (t.participant == person.id) & (t.kind == "study")]
+    mine = answers_table(store, participant=person.id)[lambda t: t.kind == "study"]
     both = mine.merge(found.rename(columns={"answer": "said"})[["how", "shots", "picture", "said"]], on="picture", suffixes=("", "_model"))
     both = both[(both.how == "zero-shot") & (both.shots == 0) | (both.shots == both.shots_model) & (both.how == "nearest example")]
     return [{"shots": int(shots), "how": how, "you": int((t.answer == t.truth).sum()), "model": int((t.said == t.truth).sum()), "of": len(t)} for (shots, how), t in both.groupby(["shots", "how"])]

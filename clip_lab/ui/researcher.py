@@ -49,9 +49,8 @@ def balance_html(store: Store) -> str:
 # %% ../../nbs/ui/64_researcher.ipynb #38b45132
 def people_html(store: Store) -> str:
     "A row per participant: progress, checks, speed, and which declared rule would exclude them."
-    t = people_table(store)
+    t = people_table(store, answers := answers_table(store))
     if t.empty: return '<p class="cl-muted">Nobody has come yet.</p>'
-    answers = answers_table(store)
     why = apply_exclusions(answers, store.study)[1].set_index("participant").why if len(answers) else pd.Series(dtype=object)
     share = lambda s: ["" if pd.isna(v) else f"{v:.0%}" for v in s]
     rows = pd.DataFrame({"participant": t.participant, "seat": t.seat, "state": t.state, "answered": [f"{a} of {b}" for a, b in zip(t.answered, t.of)], "minutes": t.minutes, "checks passed": t["checks passed"], "don't know": share(t["don't know"]),
@@ -75,9 +74,9 @@ def _percents(df: pd.DataFrame, columns: list[str], **names: str) -> pd.DataFram
 
 RANGE = dict(low="from", high="to")
 
-def _curves(kept: pd.DataFrame, found: pd.DataFrame, who: str) -> Axes:
+def _curves(t2: pd.DataFrame, kept: pd.DataFrame, found: pd.DataFrame, who: str) -> Axes:      # t2: `table2` of kept
     "Accuracy over examples: people, and the model by each of its ways."
-    parts = [table2(kept).assign(series=who)] + [table2(as_answers(found, how, kept.picture)).assign(series=f"model, {how}") for how in found.how.unique()]
+    parts = [t2.assign(series=who)] + [table2(as_answers(found, how, kept.picture)).assign(series=f"model, {how}") for how in found.how.unique()]
     t = pd.concat(parts)[lambda t: t.metric == "accuracy"][["series", "shots", "estimate", "low", "high", "n"]]
     return few_shot_plot(t[t.shots > 0], t[t.shots == 0], ylabel="mean per class (%)")
 
@@ -90,23 +89,25 @@ def results_html(store: Store, found: pd.DataFrame, model: str, who: str = "peop
     rule = f" {counted(partly, 'person counts', 'people count')} with the answers they gave so far: the design does not exclude the unfinished, whether they go on or left." if partly else ""
     state = "Final: every seat is finished." if row.finished == row.seats else f"Interim: {row.finished} of {row.seats} seats are finished. Stopping because of these numbers would make the intervals too narrow."
     html = [f'<p class="cl-note" role="status"><b>{state}</b> {len(left_out)} of {counted(len(people), "person is", "people are")} left out by the rules of the design{": " + escape(", ".join(sorted(set(left_out.why)))) if len(left_out) else ""}.{rule}</p>']
+    if kept.empty: return html[0] + '<p class="cl-muted">No answers are left by the rules of the design.</p>'
+    t = with_and_without(answers, store.study)
+    t2 = t[t.who == "after exclusions"].drop(columns="who")
     def add(title: str, make, words: str = ""):
         try: body = make()
         except ValueError as error: body = f'<p class="cl-muted">Not yet: {escape(str(error))}.</p>'
         html.append(f'<div class="cl-section"><h2>{title}</h2>{f"<p>{words}</p>" if words else ""}{body}</div>')
     def tables():
-        t = with_and_without(answers, store.study)
         shown = _percents(t.assign(metric=t.metric.map(METRICS)), ["estimate", "low", "high"], estimate="value", **RANGE)[["who", "shots", "metric", "value", "from", "to", "n", "people", "pictures", "ties"]]
-        return figure_html(table2_plot(table2(kept), people=who)) + table_html(shown, "Per cent, mean per class; intervals over people and pictures")
+        return figure_html(table2_plot(t2, people=who)) + table_html(shown, "Per cent, mean per class; intervals over people and pictures")
     def against():
-        t = people_minus_model(kept, found)
-        return figure_html(_curves(kept, found, who)) + table_html(_percents(t, ["people", "model", "estimate", "low", "high"], estimate="difference", **RANGE), f"People minus {model} on the same pictures, percentage points")
+        less = people_minus_model(kept, found)
+        return figure_html(_curves(t2, kept, found, who)) + table_html(_percents(less, ["people", "model", "estimate", "low", "high"], estimate="difference", **RANGE), f"People minus {model} on the same pictures, percentage points")
     def fig16():
-        t = difficulty(kept, found)
-        try: rho, said = difficulty_correlation(t), ""
+        classes = difficulty(kept, found)
+        try: rho, said = difficulty_correlation(classes), ""
         except ValueError as error: rho, said = None, f'<p class="cl-small">No correlation yet: {escape(str(error))}.</p>'
         if rho: said = f'<p class="cl-says">Rank correlation <b>{rho.value:.2f}</b> <span class="cl-muted">[{rho.low:.2f}, {rho.high:.2f}] over {rho.n} classes</span></p>'
-        return said + figure_html(difficulty_scatter(t, rho, people=who)) + figure_html(difficulty_bars(t, rho, people=who))
+        return said + figure_html(difficulty_scatter(classes, rho, people=who)) + figure_html(difficulty_bars(classes, rho, people=who))
     add("Table 2", tables, "All answers, the majority of each picture (a tie is no answer), and the same for guesses only, without the answers “I don't know”.")
     add(f"People and {escape(model)}", against, "The model answered the same pictures, in words alone and from the same examples.")
     add("What is hard for whom", fig16, "Figure 16 of the paper: classes in the model's order, without examples.")
