@@ -127,3 +127,20 @@ def test_no_saved_output_names_a_place_of_the_machine_it_ran_on():
     pages = {file: json.loads(file.read_text())["cells"] for file in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts}
     said = {file: json.dumps([c["outputs"] for c in cells if c["cell_type"] == "code"]) for file, cells in pages.items()}
     assert len(said) > 100 and not [str(file) for file, text in said.items() if "site-packages" in text]
+
+
+def test_saving_a_page_twice_gives_the_same_file(tmp_path):
+    "Styled tables keep their ids, and an updated output is saved once, as JupyterLab shows it."
+    sources = ["import pandas as pd\nfrom IPython.display import HTML, display", "pd.DataFrame({'a': [1]}).style.format('{:.1f}')", "print('T_12345 stays in a text')\npd.DataFrame({'b': [2]}).style.hide()",
+               "handle = display(HTML('first'), display_id=True)\ndisplay(HTML('between'))\nhandle.update(HTML('last'))"]
+    cells = [dict(cell_type="code", id=f"c{i}", metadata={}, execution_count=None, outputs=[], source=source.splitlines(True)) for i, source in enumerate(sources)]
+    page, saved = tmp_path / "page.ipynb", []
+    page.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    for _ in range(2):
+        done = subprocess.run([sys.executable, ROOT / "tools" / "notebooks.py", "--one", page], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        saved.append(page.read_text())
+    assert saved[0] == saved[1]
+    first, second, third = (c["outputs"] for c in json.loads(saved[0])["cells"][1:])
+    assert 'id="T_0"' in "".join(first[0]["data"]["text/html"]) and 'id="T_1_row0_col0"' in "".join(second[1]["data"]["text/html"]) and second[0]["text"] == ["T_12345 stays in a text\n"]
+    assert ["".join(o["data"]["text/html"]) for o in third] == ["last", "between"]

@@ -10,6 +10,7 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 import os
 from pathlib import Path
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,21 @@ def wanted(only: list[str]) -> list[Path]:
     return chosen
 
 
+def latest(shown: list) -> list:
+    "What a cell displayed, each update in the place of what it updates, as JupyterLab has it."
+    places = {}
+    for i, output in enumerate(shown): places[(output.transient or {}).get("display_id", i)] = output
+    return list(places.values())
+
+
+def steadied(outputs: list, seen: dict[str, str]) -> list:
+    "The same outputs with the random ids of pandas' styled tables numbered, so that running again changes nothing where nothing changed; seen: those of the notebook so far."
+    def number(id): return seen.setdefault(id[0], f"T_{len(seen)}")
+    for output in outputs:
+        if html := output.get("data", {}).get("text/html"): output["data"]["text/html"] = [re.sub(r"\bT_[0-9a-f]{5}(?=_|\b)", number, line) for line in html]
+    return outputs
+
+
 def run_one(file: Path) -> int:
     "Run a notebook in this process and save it; what fails is told."
     from execnb.nbio import read_nb, write_nb
@@ -36,7 +52,12 @@ def run_one(file: Path) -> int:
     from nbdev.config import get_config
     from nbdev.process import extract_directives
     flags = set(get_config(path=ROOT).tst_flags.split())
-    nb, shell = read_nb(file), CaptureShell(file)
+    class Shell(CaptureShell):
+        def _run(self, *args, **kwargs):
+            done = super()._run(*args, **kwargs)
+            done.display_objects = latest(done.display_objects)
+            return done
+    nb, shell, seen = read_nb(file), Shell(file), {}
     os.chdir(file.parent)
     for cell in nb.cells:
         if cell.cell_type != "code": continue
@@ -47,6 +68,7 @@ def run_one(file: Path) -> int:
         if shell.exc:
             print(shell.prettytb(fname=file.relative_to(ROOT)), file=sys.stderr)
             return 1
+        cell.outputs = steadied(cell.outputs, seen)
     clean_nb(nb)
     nb.metadata["kernelspec"] = KERNEL
     write_nb(nb, file)
