@@ -12,7 +12,7 @@ import pytest
 
 from clip_lab.evals.published import compare, published
 from clip_lab.evals.robustness import BASELINES, fit_baseline
-from clip_lab.ui import bias, figures as f, panel, scrutiny
+from clip_lab.ui import bias, by_set, figures as f, panel, scrutiny
 from clip_lab.ui.describe import TABLES, describe
 
 LONG = ["FacialEmotionRecognition2013", "a very long data set name with many words", "MNIST", "costs $5 & <more>"]
@@ -44,7 +44,8 @@ def tables(n):
         scrutiny.risk_coverage: pd.DataFrame({"series": "all", "coverage": (np.arange(n) + 1) / n, "estimate": 0.1, "low": 0.05, "high": 0.2}),
         scrutiny.recall_curve: pd.DataFrame({"direction": "image->text", "k": np.arange(n) + 1, "estimate": 0.5, "low": 0.4, "high": 0.6, "n": 9, "chance": 0.1}),
         scrutiny.counts_plot: pd.DataFrame(np.eye(n, dtype=int) * 5 + 1, index=rows.data, columns=rows.data),
-        panel.paper_vs_you: compared(min(n, 20))} | by_group(rows)
+        panel.paper_vs_you: compared(min(n, 20)),
+        by_set.transfer_scatter: pd.DataFrame({"model": [f"model {i}" for i in range(k)], "kind": ["labels", "words"] * (k // 2) + ["labels"] * (k % 2), "source": probe, "transfer": probe ** 2})} | by_group(rows)
 
 def by_group(rows):
     "Good tables of the figures about groups, three groups in every row."
@@ -81,7 +82,7 @@ def test_every_figure_has_its_sentence_and_its_needs():
         for column in TABLES[kind]:
             with pytest.raises(ValueError, match=f"{kind}: the table has no column '{column}'"): draw(table.drop(columns=column))
         with pytest.raises(ValueError, match="no rows"): draw(table[:0])
-        number = {"efficiency_bars": "shots", "correlation_plot": "probe", "scaling_plot": "error", "robustness_scatter": "acc_ood", "paper_vs_you": "published"}.get(kind, "estimate")
+        number = {"efficiency_bars": "shots", "correlation_plot": "probe", "scaling_plot": "error", "robustness_scatter": "acc_ood", "paper_vs_you": "published", "transfer_scatter": "transfer"}.get(kind, "estimate")
         with pytest.raises(ValueError, match=f"has no number in column '{number}'"): draw(table.assign(**{number: np.nan}))
         if {"estimate", "low"} <= set(TABLES[kind]):
             with pytest.raises(ValueError, match="estimate outside its interval"): draw(table.assign(low=table.estimate + 0.01))
@@ -194,8 +195,7 @@ def test_files_are_the_same_twice_and_carry_the_sentence(tmp_path, kind):
             assert all(line in words for line in ax.get_xlabel().split("\n")) and "Date" not in first.decode()
         elif kind == "pdf": assert first[:5] == b"%PDF-" and b"/Subject" in first and b"CreationDate" not in first and b"/Type3" not in first
         else:
-            picture = Image.open(tmp_path / "0.png")
-            assert picture.info["Description"] == ax.alt_text and abs(picture.info["dpi"][0] - 200) < 0.1 and abs(picture.width - 660) <= 1
+            with Image.open(tmp_path / "0.png") as picture: assert picture.info["Description"] == ax.alt_text and abs(picture.info["dpi"][0] - 200) < 0.1 and abs(picture.width - 660) <= 1
 
 def test_faults_of_saving(tmp_path):
     ax = f.difference_bars(estimates(2))
@@ -236,3 +236,75 @@ def test_sentences_count_one_thing_as_one():
     assert "on 1 data set:" in describe("difference_bars", bars) and "of 1 interval lies" in describe("difference_bars", bars)
     counts = pd.DataFrame([[1]], index=["cat"], columns=["cat"])
     assert describe("counts_plot", counts).startswith("1 answer of 1 true class:")
+
+# ------------------------------------------------------------------ set by set
+def examples(n, letters=20, classes=6):
+    "Answers to `n` questions: right first, right third, right far below, none of the classes, and so on."
+    rows = []
+    for i in range(n):
+        true = (1, 3, 40, None)[i % 4]
+        for rank in [*range(1, min(5, classes) + 1), *([40] if true == 40 else [])]:
+            rows.append(dict(example=i, data=f"{LONG[i % 4]} {i}", question="which?", classes=1914, rank=rank, classname=f"class {rank} $x_1$", text="a photo of a " + "long " * (letters // 5) + f"{rank}", probability=0.6 / rank, right=rank == true))
+    return pd.DataFrame(rows), [Image.new("RGB", (40 + 30 * (i % 2), 64), "grey") for i in range(n)]
+
+@pytest.mark.parametrize("n,columns,width,letters", [(1, 3, 3.3, 5), (1, 1, 9.6, 60), (7, 3, 9.6, 5), (5, 2, 6.4, 200)])
+@pytest.mark.filterwarnings("error")
+def test_prediction_panels_keep_to_their_cells(n, columns, width, letters):
+    table, pictures = examples(n, letters)
+    before = table.copy()
+    figure = by_set.prediction_panels(table, pictures, columns, "A title", width)
+    figure.draw_without_rendering()
+    shown, bars = figure.axes[::2], figure.axes[1::2]
+    assert len(shown) == len(bars) == n and figure.axes[0].alt_text.endswith(".")
+    edges = [min(columns, n) and i * width / min(columns, n) * figure.dpi for i in range(min(columns, n) + 1)]
+    for i, ax in enumerate(bars):
+        rows, words = table[table.example == i], ax.texts
+        assert np.allclose([b.get_width() for b in ax.patches], rows.probability)
+        assert sum(t.get_text().startswith("✓") for t in words) == int(rows.right.any()) and sum(t.get_text().startswith("✗") for t in words) == int(not rows.right.iloc[0])
+        boxes = [t.get_window_extent() for t in words]
+        assert all(edges[i % len(edges[1:])] <= b.x0 and b.x1 <= edges[i % len(edges[1:]) + 1] for b in boxes)
+        assert not any(said.overlaps(percent) for said, percent in zip(boxes[::2], boxes[1::2]))
+        assert shown[i].get_window_extent().x1 < ax.get_window_extent().x0
+    pd.testing.assert_frame_equal(table, before)
+    with pytest.raises(ValueError, match=f"{n + 1} pictures for {n} examples"): by_set.prediction_panels(table, [*pictures, pictures[0]])
+    for column in TABLES["prediction_panels"]:
+        with pytest.raises(ValueError, match=f"no column '{column}'"): by_set.prediction_panels(table.drop(columns=column), pictures)
+
+def test_prediction_panels_tell_each_question():
+    table, pictures = examples(4)
+    said = by_set.prediction_panels(table, pictures).axes[0].alt_text
+    assert "of 4 questions" in said and "is right on 1." in said and "(right)" in said and "has rank 3)" in said and "has rank 40)" in said and "(no class is true)" in said
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+@pytest.mark.filterwarnings("error")
+def test_score_panels_draw_the_table(n):
+    rows = pd.concat([estimates(n).assign(series=s, compute=c) for s in ("probe", "zero-shot") for c in (4.0, 16.0, 60.0)], ignore_index=True).sample(frac=1, random_state=0)
+    figure = by_set.score_panels(rows, title="A title")
+    figure.draw_without_rendering()
+    drawn = [ax for ax in figure.axes if ax.axison]
+    assert [ax.get_title("left") for ax in drawn] and len(drawn) == n
+    for ax, name in zip(drawn, dict.fromkeys(rows.data)):
+        for line, series in zip(ax.lines, dict.fromkeys(rows.series)):
+            own = rows[(rows.data == name) & (rows.series == series)].sort_values("compute")
+            assert np.allclose(line.get_ydata(), own.estimate) and np.allclose(line.get_xdata(), own.compute)
+    box, key = figure.get_tightbbox(), figure.legends[0].get_window_extent()
+    assert box.x0 >= -0.05 and box.x1 <= 7.25 and not any(key.overlaps(ax.get_tightbbox()) for ax in drawn)
+    assert f"on {n} data set" in figure.axes[0].alt_text
+    with pytest.raises(ValueError, match="no column 'series'"): by_set.score_panels(rows.drop(columns="series"))
+    with pytest.raises(ValueError, match="expected a share between 0 and 1"): by_set.score_panels(rows.assign(estimate=50, low=0.1, high=60))
+
+def test_who_lies_above_the_line_of_standard_models():
+    x = np.linspace(0.5, 0.9, 6)
+    t = pd.concat([pd.DataFrame(dict(model=[f"{kind} {i}" for i in range(6)], kind=kind, source=x, transfer=0.1 + 0.6 * x + up)) for kind, up in (("labels", 0.002 * np.cos(9 * np.arange(6))), ("words", 0.05))])
+    said = by_set.transfer_scatter(t, "labels").alt_text
+    assert "slope 0.60" in said and "words +5.0" in said and "labels +" not in said
+    assert "line of" not in by_set.transfer_scatter(t).alt_text
+
+@pytest.mark.parametrize("kind", ["svg", "pdf", "png"])
+def test_figures_of_many_panels_are_saved_with_their_sentence(tmp_path, kind):
+    table, pictures = examples(3)
+    panels = pd.concat([estimates(3).assign(series="probe", compute=c) for c in (4.0, 16.0)])
+    for figure in (by_set.prediction_panels(table, pictures), by_set.score_panels(panels)):
+        first, again = (f.save_figure(figure, tmp_path / f"{i}.{kind}").read_bytes() for i in range(2))
+        assert first == again
+        if kind == "svg": assert ElementTree.fromstring(first).find("{http://www.w3.org/2000/svg}desc").text == figure.axes[0].alt_text

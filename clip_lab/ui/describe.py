@@ -31,10 +31,13 @@ TABLES: dict[str, list[str]] = {
     "associated_bars": ["label", "leans", "group", "estimate", "low", "high", "n"],
     "rate_curves": ["label", "group", "threshold", "times_uniform", "estimate", "low", "high", "n"],
     "harm_bars": ["group", "category", "harm", "estimate", "low", "high", "n"],
-    "moves_plot": ["before", "after", "group", "k", "estimate", "low", "high", "n"]}
+    "moves_plot": ["before", "after", "group", "k", "estimate", "low", "high", "n"],
+    "prediction_panels": ["data", "example", "question", "classes", "rank", "classname", "text", "probability", "right"],
+    "score_panels": ["data", "series", "compute", "estimate"],
+    "transfer_scatter": ["model", "kind", "source", "transfer"]}
 _MAY_LACK = {"low", "high", "n", "published_low", "published_high", "yours"}    # numbers that a row may do without
 _WORDS = {"data", "template", "series", "how", "model", "kind", "direction", "table", "metric", "unit", "verdict", "why", "known_issue", "mark", "verified", "significant",
-          "label", "leans", "group", "category", "harm", "before", "after"}
+          "label", "leans", "group", "category", "harm", "before", "after", "question", "classname", "text", "right"}
 
 # %% ../../nbs/ui/60a_describe.ipynb #ae7ea09c
 def checked(
@@ -187,6 +190,29 @@ def _moves_plot(t, top=8):
     rows = t[(t.before == was) & (t.after == now)]
     return (f"Pictures whose label changed: {int(total.sum()):,} in {counted(len(total), 'kind')} of move{f', of which {rest} are not drawn' if rest else ''}; "
             f"the most frequent is {was} to {now}, {counted(int(total.max()), 'picture')}: {_ends(rows)}.")
+
+# %% ../../nbs/ui/60a_describe.ipynb #ad192ba8
+def _prediction_panels(t):
+    parts = []
+    for _, rows in t.groupby("example", sort=False):
+        first, true = rows.iloc[0], rows[rows.right.astype(bool)]
+        how = "right" if first.right else "no class is true" if true.empty else f"wrong, {true.classname.iloc[0]} has rank {int(true['rank'].iloc[0]):,}"
+        parts.append(f"{first['data']}, {first.question}: {first.classname} {_percent(first.probability)} ({how})")
+    firsts = t.drop_duplicates("example")
+    return f"One picture of each of {counted(len(firsts), 'question')} with the most probable sentences; the first is right on {int(firsts.right.sum())}. {'; '.join(parts)}."
+
+def _score_panels(t):
+    rise = lambda s: {name: r.sort_values("compute").estimate.iloc[[0, -1]].diff().iloc[-1] for name, r in t[t.series == s].groupby("data", sort=False) if r.compute.nunique() > 1}
+    parts = [f"{s} ends higher than it begins on {sum(d > 0 for d in ends.values())} of {len(ends)}" for s in t.series.unique() if (ends := rise(s))]
+    return f"Score over compute on {counted(t['data'].nunique(), 'data set')}, a panel each, {counted(t.series.nunique(), 'line')}{': ' if parts else ''}{'; '.join(parts)}."
+
+def _transfer_scatter(t, fit=None, standard=None):
+    kinds = ", ".join(f"{n} {kind}" for kind, n in t.groupby("kind", sort=False).size().items())
+    said = f"Mean score on other sets against the score on the source set for {counted(len(t), 'model')} ({kinds}): transfer from {_percent(t.transfer.min())} to {_percent(t.transfer.max())}"
+    if fit is None: return said + "."
+    away = t.transfer - fit.at(t.source)
+    each = ", ".join(f"{kind} {100 * d.mean():+.1f}" for kind, d in away.groupby(t.kind, sort=False) if kind != standard)
+    return f"{said}; line of {standard or 'standard models'}, slope {fit.slope:.2f} [{fit.slope_low:.2f}, {fit.slope_high:.2f}]" + (f"; mean points above it: {each}." if each else ".")
 
 # %% ../../nbs/ui/60a_describe.ipynb #d435bd61
 def checked_counts(counts: pd.DataFrame) -> pd.DataFrame:    # index: true classes; columns: answers
