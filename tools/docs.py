@@ -18,7 +18,7 @@ from bs4 import BeautifulSoup
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = {"Start here": ["nbs/ten_minutes.ipynb", "nbs/howto/*.ipynb", "nbs/proof.ipynb"], "The paper, claim by claim": ["nbs/studies/*.ipynb"], "Model, pictures, text": ["nbs/0*.ipynb"], "Data": ["nbs/data/*.ipynb"],
+FLOORS = {"Start here": ["nbs/ten_minutes.ipynb", "nbs/howto/*.ipynb", "nbs/proof.ipynb"], "The paper, claim by claim": ["nbs/paper.ipynb", "nbs/studies/*.ipynb"], "Model, pictures, text": ["nbs/0*.ipynb"], "Data": ["nbs/data/*.ipynb"],
           "Training": ["nbs/train/*.ipynb"], "Evaluations": ["nbs/evals/*.ipynb"], "Audits": ["nbs/audits/*.ipynb"], "Humans": ["nbs/humans/*.ipynb"], "Figures and pages": ["nbs/ui/*.ipynb"], "Commands": ["nbs/7*.ipynb"]}
 PAGES = ["CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "clip_lab/assets/weights/MODEL_CARD.md", "clip_lab/assets/weights/MODEL_CARD_photos.md", "clip_lab/assets/DATASHEET.md"]
 

@@ -47,7 +47,7 @@ def write_readme() -> None:
     exporter = MarkdownExporter(preprocessors=[TagRemovePreprocessor(remove_input_tags={"no-input"}, enabled=True)],
                                 config=Config(NbConvertBase=dict(display_data_priority=["text/markdown", "text/plain"])))
     text, _ = exporter.from_notebook_node(notebook)
-    for here, there in (("](images/", "](nbs/images/"), ("](studies/", "](nbs/studies/"), ("](howto/", "](nbs/howto/"), ("](ten_minutes", "](nbs/ten_minutes"), ("](proof", "](nbs/proof"), ("](../", "](")): text = text.replace(here, there)
+    for here, there in (("](images/", "](nbs/images/"), ("](studies/", "](nbs/studies/"), ("](howto/", "](nbs/howto/"), ("](ten_minutes", "](nbs/ten_minutes"), ("](proof", "](nbs/proof"), ("](paper", "](nbs/paper"), ("](../", "](")): text = text.replace(here, there)
     lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
     lines = re.sub(r"\n{3,}", "\n\n", lines)
     (ROOT / "README.md").write_text(f"<!-- Written from nbs/index.ipynb by tools/sync.py: edit that. -->\n\n{lines}\n")
