@@ -1,5 +1,6 @@
 """`clip-lab eval` as a user starts it, on one process and on two, against the model card that an earlier program wrote."""
 
+import io
 import json
 import os
 import subprocess
@@ -86,3 +87,19 @@ def test_two_results_side_by_side(tmp_path):
     other = command("results", "compare", *names[:2], "--results", tmp_path)
     assert other.returncode == 1 and "different classnames" in other.stderr
     assert command("results", "list", "--results", tmp_path, "--csv").stdout.startswith("id,model,data,target,task,")
+
+
+def test_examples_are_the_same_in_every_form(tmp_path):
+    "Text, CSV and figure of one draw; another seed is another draw; what is wrong is named before a model is loaded."
+    pytest.importorskip("matplotlib")
+    asked = ("examples", "--data", "digits,rendered-sentiment", "--top", "3")
+    told, table, other = command(*asked, "--out", tmp_path / "a.svg"), command(*asked, "--csv"), command(*asked, "--csv", "--seed", "1")
+    assert told.returncode == table.returncode == other.returncode == 0, told.stderr + table.stderr
+    rows = pd.read_csv(io.StringIO(table.stdout))
+    assert rows.groupby("example").right.sum().tolist() == [1, 1] and set(rows["data"]) == {"digits", "rendered-sentiment"}
+    for row in rows.itertuples(): assert any(str(row.classname) in line and f"{row.probability:.1%}" in line and ("*" in line) == row.right for line in told.stdout.splitlines()), row
+    assert (tmp_path / "a.svg").read_text().count("✓") == 2 and "drawn into" in told.stderr
+    assert pd.read_csv(io.StringIO(other.stdout)).picture.tolist() != rows.picture.tolist()
+    for wrong, says in ((("--target", "colour"), "no set has a question 'colour'; there is digit"), (("--out", "a.gif"), "a.gif: figures are saved as .svg, .pdf or .png")):
+        done = command("examples", "--data", "digits", *wrong)
+        assert done.returncode == 1 and says in done.stderr, done.stderr
