@@ -56,6 +56,7 @@ data: .venv/.stamp-dev  ## rebuild the shipped pictures from the studios' packag
 	$(BIN)/python tools/build_data.py --work build/data
 
 faults: packages .venv/.stamp-dev  ## hostile files, kills and full disks, the long form of tests/faults; what was tried is in build/faults.txt and bench/results/faults.json
+	-$(PIP) --only-binary :all: atheris  # guided by coverage; where it has no wheel, those tests are skipped
 	CLIP_LAB_FAULTS=long CLIP_LAB_FAULTS_RECORD=bench/results/faults.json OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/faults
 
 bench: .venv/.stamp-dev  ## speed and memory beside the peers: bench/results/, shown in nbs/proof.ipynb
