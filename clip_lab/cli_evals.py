@@ -230,6 +230,7 @@ def examples(
         warnings.simplefilter("ignore")              # what cannot be read is told below
         found = one_each(loaded, preprocess, [(s, q) for s in sets for q in s.targets if not only or q in only], top, seed)
     for name, place, why in found.measured["unreadable"]: _say(f"{name}: picture {place} was drawn and could not be read ({why}); the next one was taken")
+    if cut := found.measured["cut"]: _say(f"{len(cut)} of the sentences, such as {cut[0]!r:.80}, are longer than the {loaded.context_length} tokens that the model reads, and were cut")
     if as_csv: print(_csv(found.answers), end="")
     else: print("\n\n".join(map(_example_text, (rows for _, rows in found.answers.groupby("example")))))
     if out is not None: _say(f"drawn into {figures.save_figure(by_set.prediction_panels(found.answers, found.pictures, title=f'{loaded.config.name}, seed {seed}'), out)}")

@@ -77,3 +77,9 @@ def test_every_set_at_hand_has_an_example(embedded, name):
     asked = [(data, q) for q in data.targets if len(data.targets[q].classnames) < 1000]
     found = one_each(*embedded, asked)
     assert len(found.pictures) == len(asked) == found.answers.example.nunique() and found.answers.groupby("example").right.any().all()
+
+
+def test_other_models_texts_are_refused_and_cut_sentences_told(embedded):
+    with pytest.raises(ValueError, match="of another model"): one_each(*embedded, [(shapes([0, 1, 0, 1], ["red", "blue"]), None)], texts=TextWeights(clip_lab.load()[0]))
+    long = "a very long name " * 30
+    assert long in one_each(*embedded, [(shapes([0, 1, 0, 1], ["red", long], templates=["{}"]), None)]).measured["cut"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..data.evalset import EvalSet, Target
 from ..embed import embed_images
 from .prompts import as_text, fill, templates_for
-from .zeroshot import TextWeights
+from .zeroshot import TextWeights, _texts
 from ..images import counted
 from ..model import CLIP
 from ..pretrained import weights_hash
@@ -61,7 +61,8 @@ def one_each(
     "One test picture of each question, drawn by lot, with the most probable classes (paper, Figure 21); a picture that cannot be read is told and the next one taken."
     if not asked: raise ValueError("nothing is asked; give at least one (set, question)")
     if top < 1: raise ValueError(f"top is {top}; expected at least 1")
-    texts, scale, tables, pictures, unread, sources = TextWeights(model, truncate=True) if texts is None else texts, float(model.logit_scale.detach().exp()), [], [], [], []
+    texts, scale = TextWeights(model, truncate=True) if texts is None else _texts(model, texts), float(model.logit_scale.detach().exp())
+    tables, pictures, unread, sources = [], [], [], []
     for i, (data, question) in enumerate(asked):
         target = data.target(question)
         question = question or next(iter(data.targets))
@@ -77,5 +78,5 @@ def one_each(
         pictures.append(data.data.pictures[place].convert("RGB"))
         sources.append(dict(data=data.name, question=question, templates=[as_text(t) for t in templates]))
     columns = ["example", "data", "question", "picture", "name", "classes", "rank", "classname", "text", "probability", "cosine", "right"]
-    measured = dict(model=model.config.name, weights_hash=weights_hash(model), transform=preprocess.fingerprint(), seed=seed, top=top, asked=sources, unreadable=unread)
+    measured = dict(model=model.config.name, weights_hash=weights_hash(model), transform=preprocess.fingerprint(), seed=seed, top=top, asked=sources, unreadable=unread, cut=sorted(texts.cut))      # cut: sentences longer than the context
     return Examples(pd.concat(tables, ignore_index=True)[columns], pictures, measured)
