@@ -215,7 +215,7 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
             link = gr.HTML()
             with gr.Row(elem_classes="cl-buttons"): take_button, seal_button = gr.Button("Make the files", size="sm"), gr.Button("Make a sealed report", size="sm")
             files = gr.HTML()
-        with right(): code = gr.Code(language="python", label="Python", interactive=False, wrap_lines=True, show_line_numbers=False)
+        with right(): code = gr.Code(language="python", label="Python", interactive=False, wrap_lines=True, show_line_numbers=False, lines=12, max_lines=12)
     for part, value in page(START, FIRST, *FIRST["shown"]).items():
         if part in (label_choice, group_choice): part.choices, part.value = [(c, c) for c in value["choices"]], value["value"]
         else: part.value = value

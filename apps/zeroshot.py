@@ -162,7 +162,7 @@ with gr.Blocks(title=f"{QUESTION} clip_lab", analytics_enabled=False, delete_cac
     section("Take it along", "All labels as a table and as files, and the lines that give the same answer in a notebook.")
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320): table = gr.HTML()
-        with gr.Column(scale=6, min_width=320): code = gr.Code(language="python", label="Python", interactive=False, wrap_lines=True, show_line_numbers=False)
+        with gr.Column(scale=6, min_width=320): code = gr.Code(language="python", label="Python", interactive=False, wrap_lines=True, show_line_numbers=False, lines=17, max_lines=17)
     for part, value in show(first_picture, LABELS, first_templates, START, first_seen).items():
         if part in (verdict, bars, voices, table, code): part.value = value
 

@@ -21,7 +21,7 @@ from gradio_client import Client, handle_file
 
 from clip_lab.audits.explorer import State, label_text, to_link
 from clip_lab.data import emoji
-from test_app_zeroshot import browser, free_port   # noqa: F401  one browser, one way to find a port
+from test_app_zeroshot import browser, free_port, nothing_jumps, settled   # noqa: F401  one browser, one way to find a port
 
 ROOT = Path(__file__).parents[1]
 APP = ROOT / "apps" / "bias.py"
@@ -260,6 +260,7 @@ def slide_to(page, steps, key="ArrowRight"):
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
 def test_choose_slide_add_pin_compare_press_and_take(visit, width, scheme, tmp_path):
     page = visit(width, scheme)
+    assert nothing_jumps(page)
     assert page.get_by_role("heading", level=1).inner_text() == "Whom do the labels follow?"
     assert "no real person is in any picture" in page.locator(".cl-about").inner_text()
     page.get_by_text("Where they come from, who agreed").click()
@@ -277,9 +278,9 @@ def test_choose_slide_add_pin_compare_press_and_take(visit, width, scheme, tmp_p
     page.get_by_label("age", exact=True).check()                                             # choose groups
     page.get_by_label("gender", exact=True).uncheck()
     page.locator('.cl-rate[data-group="child"]').first.wait_for()
-    page.get_by_role("button", name="Pin this as A").click()
+    settled(page).get_by_role("button", name="Pin this as A").click()
     page.get_by_text("is still the same").wait_for()
-    page.get_by_role("button", name="Add “child”").click()                                   # add, compare
+    settled(page).get_by_role("button", name="Add “child”").click()                                   # add, compare
     page.get_by_text("add child").wait_for()
     assert page.get_by_label("Labels, one a line").input_value().endswith("child | a child")
     moves = page.get_by_role("table").filter(has_text="From what to what")
@@ -288,13 +289,14 @@ def test_choose_slide_add_pin_compare_press_and_take(visit, width, scheme, tmp_p
 
     bar = first_bar(page)                                                                    # press a bar
     label, group = bar.get_attribute("data-label"), bar.get_attribute("data-group")
+    settled(page)
     bar.click()
     page.locator(f'.cl-rate[data-label="{label}"][data-group="{group}"][aria-pressed="true"]').wait_for()
     assert page.locator(".cl-behind-head").inner_text().startswith(f"{label} for {group}:")
     k = int(bar.locator(".cl-of").inner_text().split(" ")[0].replace(",", ""))
     assert page.locator(".cl-behind li").count() == min(k, 18)
 
-    page.get_by_role("button", name="Make the files").click()                                # take along
+    settled(page).get_by_role("button", name="Make the files").click()                                # take along
     with page.expect_download() as got: page.get_by_role("link", name="moves.csv").click()
     rows = list(csv.DictReader(Path(got.value.path()).open()))
     assert {"child"} <= {r["after"] for r in rows}
@@ -304,9 +306,9 @@ def test_choose_slide_add_pin_compare_press_and_take(visit, width, scheme, tmp_p
 @pytest.mark.browser
 def test_a_link_restores_the_view_and_what_was_pinned(visit, app):
     page = visit()
-    page.get_by_role("button", name="0.5 %").first.click()
+    settled(page).get_by_role("button", name="0.5 %").first.click()
     page.wait_for_function("location.search.length > 10")
-    page.get_by_role("button", name="Add “none of these”").click()
+    settled(page).get_by_role("button", name="Add “none of these”").click()
     page.get_by_text("add none of these").wait_for()
     said, query = finding(page), page.evaluate("location.search")
     again = visit(query=query)
@@ -349,7 +351,7 @@ def test_two_browsers_do_not_see_each_other(visit):
     before = finding(two)
     one.get_by_label("Labels, one a line").fill("a cat\na dog\na judge")
     one.get_by_text("labels: ").first.wait_for()
-    one.get_by_role("button", name="Pin this as A").click()
+    settled(one).get_by_role("button", name="Pin this as A").click()
     one.get_by_text("A: 3 labels").wait_for()
     two.get_by_label("age", exact=True).check()
     two.locator('.cl-rate[data-group="woman, child"]').first.wait_for()
@@ -364,7 +366,7 @@ def test_a_label_is_text_and_a_mistake_keeps_the_view(visit):
     box.fill(f"{EVIL}\n${{document.title='owned'}} {{{{this}}}}\na man")
     page.locator(".cl-label", has_text="onerror").wait_for()
     bars = page.locator(".cl-rate").count()
-    first_bar(page).click()
+    first_bar(settled(page)).click()
     page.locator('.cl-rate[aria-pressed="true"]').wait_for()
     assert "owned" not in page.title() and page.locator(".cl-rates img").count() == 0
     box.fill("only one")
@@ -383,9 +385,9 @@ def test_harm_is_asked_for_and_marked(visit):
     page.get_by_role("option", name="paper-21", exact=True).click()
     page.locator('.cl-rate[data-label*="man"]').first.wait_for()
     assert "thief" not in page.get_by_label("Labels, one a line").input_value() and page.get_by_text("does harm").count() == 0
-    page.get_by_label("Also ask labels that do harm").check()
+    settled(page).get_by_label("Also ask labels that do harm").check()
     page.wait_for_function("document.querySelector('textarea')?.value !== null && [...document.querySelectorAll('textarea')].some(t => t.value.includes('thief'))")
-    page.get_by_label("those that are given most").check()
-    page.get_by_label("Label", exact=True).click()
+    settled(page).get_by_label("those that are given most").check()
+    settled(page).get_by_label("Label", exact=True).click()
     page.get_by_role("option", name="thief", exact=True).click()
     page.locator(".cl-harm").first.wait_for()

@@ -190,6 +190,21 @@ def visit(app, browser):
     assert not problems
 
 
+def settled(page):
+    "The page once nothing on it has moved for half a second: what moves under a pressed button takes the press away."
+    page.wait_for_function("""() => {
+        const seen = [document.documentElement.scrollHeight, scrollY].join();
+        if (seen !== window.clSeen) [window.clSeen, window.clSince] = [seen, performance.now()];
+        return performance.now() - window.clSince > 500; }""")
+    return page
+
+
+def nothing_jumps(page) -> bool:
+    "Whether the page is as long before as after its end came into sight: an editor that guesses its height moves what is beside it."
+    high = [settled(page).evaluate(f"scrollTo(0, {y}), document.documentElement.scrollHeight") for y in (0, 1_000_000)]
+    return high == [high[0], settled(page).evaluate("document.documentElement.scrollHeight")] and page.evaluate("scrollTo(0, 0), true")
+
+
 def labels_shown(page): return page.get_by_role("list").locator(".cl-label").all_inner_texts()
 
 
@@ -198,6 +213,7 @@ def labels_shown(page): return page.get_by_role("list").locator(".cl-label").all
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_answers_at_once_and_changes_its_mind(visit, width, scheme, tmp_path):
     page = visit(width, scheme)
+    assert nothing_jumps(page)
     assert page.get_by_role("heading", level=1).inner_text() == "What is in this picture?"
     before = labels_shown(page)
     assert len(before) == 6 and before[0] in page.locator(".cl-says").inner_text()          # never an empty page
