@@ -27,7 +27,7 @@ TABLES: dict[str, list[str]] = {
     "risk_coverage": ["series", "coverage", "estimate", "low", "high"],
     "recall_curve": ["direction", "k", "estimate", "low", "high", "n", "chance"],
     "paper_vs_you": ["table", "data", "metric", "published", "published_low", "published_high", "unit", "yours", "low", "high", "n",
-                     "verdict", "why", "known_issue", "mark", "verified"],
+                     "verdict", "why", "known_issue", "mark"],
     "associated_bars": ["label", "leans", "group", "estimate", "low", "high", "n"],
     "rate_curves": ["label", "group", "threshold", "times_uniform", "estimate", "low", "high", "n"],
     "harm_bars": ["group", "category", "harm", "estimate", "low", "high", "n"],
@@ -36,7 +36,7 @@ TABLES: dict[str, list[str]] = {
     "score_panels": ["data", "series", "compute", "estimate"],
     "transfer_scatter": ["model", "kind", "source", "transfer"]}
 _MAY_LACK = {"low", "high", "n", "published_low", "published_high", "yours"}    # numbers that a row may do without
-_WORDS = {"data", "template", "series", "how", "model", "kind", "direction", "table", "metric", "unit", "verdict", "why", "known_issue", "mark", "verified", "significant",
+_WORDS = {"data", "template", "series", "how", "model", "kind", "direction", "table", "metric", "unit", "verdict", "why", "known_issue", "mark", "significant",
           "label", "leans", "group", "category", "harm", "before", "after", "question", "classname", "text", "right"}
 
 # %% ../../nbs/ui/60a_describe.ipynb #ae7ea09c
@@ -156,8 +156,7 @@ def _counts_plot(t):
 
 def _paper_vs_you(t):
     counts = ", ".join(f"{int((t.verdict == v).sum())} {v}" for v in ("agrees", "differs", "not comparable"))
-    doubtful = int((~t.verified.astype(bool)).sum())
-    return f"{counted(len(t), 'published number')} beside yours: {counts}" + (f"; {doubtful} of the published ones from memory, unverified." if doubtful else ".")
+    return f"{counted(len(t), 'published number')} beside yours: {counts}."
 
 # %% ../../nbs/ui/60a_describe.ipynb #5d47875e
 def _rate(r) -> str: return f"{r.group} {_percent(r.estimate)}{_between(r.low, r.high)}"

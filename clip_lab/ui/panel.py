@@ -24,9 +24,10 @@ VERDICTS: dict[str, tuple[str, str]] = {"agrees": ("=", OKABE_ITO["green"]), "di
 UNITS = {"percent": "%", "points": "points"}
 
 def _label(row) -> str:
-    "Which number a row is about, with the mark of its source; one from memory says so."
-    about = [str(getattr(row, c, "") or "") for c in ("data", "subset")]
-    return f"{', '.join(a for a in about if a)} {row.mark}{'' if row.verified else ' unverified'}"
+    "Which number a row is about, with the mark of its source."
+    return f"{_about(row)} {row.mark}"
+
+def _about(row) -> str: return ", ".join(a for a in (str(getattr(row, c, "") or "") for c in ("data", "subset")) if a)
 
 def _known(rows: pd.DataFrame, who: str) -> None:
     "A ValueError for a verdict that nobody gives."
@@ -82,8 +83,8 @@ def paper_vs_you_html(
     t = checked(compared, "paper_vs_you")
     _known(t, "paper_vs_you_html")
     rows = pd.DataFrame({
-        "where": t.table, "data": [_label(r).rsplit(f" {r.mark}", 1)[0] for r in t.itertuples()], "metric": t.metric, "unit": [UNITS.get(u, u) for u in t.unit],
-        "published": [_number(*v) for v in zip(t.published, t.published_low, t.published_high)], "source": [r.mark + ("" if r.verified else " from memory, unverified") for r in t.itertuples()],
+        "where": t.table, "data": [_about(r) for r in t.itertuples()], "metric": t.metric, "unit": [UNITS.get(u, u) for u in t.unit],
+        "published": [_number(*v) for v in zip(t.published, t.published_low, t.published_high)], "source": t.mark,
         "yours": [_number(*v) for v in zip(t.yours, t.low, t.high)], "n": t.n.astype("Int64"), "verdict": [f"{VERDICTS[v][0]} {v}" for v in t.verdict], "why": t.why})
     issues = t[t.known_issue.fillna("") != ""].drop_duplicates("known_issue")
     notes = "".join(f'<p class="cl-small">{escape(str(r.table))}, {escape(str(r.data))}: {escape(str(r.known_issue))}</p>' for r in issues.itertuples())
