@@ -50,7 +50,8 @@ def _number(metric: str, value: float) -> str:
     return f"{value:.4g}" if metric in ("median rank",) else f"{100 * value:.1f} %"
 
 def bundle_text(bundle) -> str:
-    "One bundle as a heading, what was measured, and its estimates."
+    "One bundle as a heading, what was measured, its estimates, and what the paper printed for a model, set and task of those names."
+    from clip_lab.evals.results import beside_paper
     from clip_lab.images import counted
     a, rows = bundle.asked, bundle.rows
     words = [f"weights {a['weights_hash'][:12]}", f"transform {a['transform'][:12]}", f"pictures {a['data_hash'][:12]}"]
@@ -59,7 +60,8 @@ def bundle_text(bundle) -> str:
     table = rows.assign(estimate=[f"{_number(m, e)} [{_number(m, l)}, {_number(m, h)}]" for m, e, l, h in zip(rows.metric, rows.estimate, rows.low, rows.high)],
                         n=[f"{n:,}" for n in rows.n], chance=[_number(m, c) for m, c in zip(rows.metric, rows.chance)])
     head = f"{a['data']} · {a['target']} · {a['task']}   {bundle.id}\n  {', '.join(words)}, {a['level']:.0%} intervals, seed {a['seed']}"
-    return "\n".join([head, *(f"  note: {note}" for note in bundle.notes), *(f"    {line}" for line in columns_text(table[["subset", "metric", "estimate", "n", "chance"]]).splitlines())])
+    paper = [f"  {r.table} of the paper, OpenAI's weights: {r.metric} {r.published:g} %; {r.verdict}: {r.why}" for r in beside_paper(bundle).itertuples()]
+    return "\n".join([head, *(f"  note: {note}" for note in bundle.notes), *(f"    {line}" for line in columns_text(table[["subset", "metric", "estimate", "n", "chance"]]).splitlines()), *paper])
 
 # %% ../nbs/71_cli_evals.ipynb #63bc71b9
 def _group(device: str) -> None:
