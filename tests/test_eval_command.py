@@ -81,6 +81,13 @@ def test_what_there_is_and_what_is_known_of_it(tmp_path):
     assert nowhere.returncode == 1 and "cifar-10-batches-py" in nowhere.stderr and "Traceback" not in nowhere.stderr
 
 
+def test_what_the_paper_printed():
+    found = command("published", "--model", "RN50", "--data", "cifar10")
+    assert found.returncode == 0 and "75.6 %" in found.stdout and "88.7 %" in found.stdout and "[H] arXiv" in found.stdout, found.stderr
+    wrong = command("published", "--model", "RN51")
+    assert wrong.returncode == 1 and "perhaps 'RN50'" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
 def test_two_results_side_by_side(tmp_path):
     assert command("eval", "--data", "photographs", "--results", tmp_path).returncode == 0
     names = Results(tmp_path).names()

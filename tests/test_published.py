@@ -191,7 +191,9 @@ def test_two_numbers_of_the_baseline_fits_meet_the_printed_resnet():
 # ---- asking
 
 @pytest.mark.parametrize("ask, message", [
-    (dict(table="Table 99"), "no published number has table = 'Table 99'; there is .*'Table 1', 'Table 10'"),
+    (dict(table="Table 99"), "no published number has table = 'Table 99'; perhaps 'Table 9', .*There are [0-9]+"),
+    (dict(model="ViT-B/23"), "perhaps .*'ViT-B/32'"),
+    (dict(model="nonsense, and at length"), "there is '63M language model', .*'ViT-B/32'"),
     (dict(table="Table 1", data="MNIST"), "data = 'MNIST' where table = 'Table 1'; there is 'ImageNet', 'SUN', 'aYahoo'"),
     (dict(data="ImageNet", task="linear probe", metric="ROC AUC"), "metric = 'ROC AUC' where data = 'ImageNet' and task = 'linear probe'"),
 ])

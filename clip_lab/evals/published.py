@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'SIGNS', 'ASSETS', 'CHAPTERS', 'WIDE', 'KEYS', 'IDENTITY', 'SAME', 'as_printed', 'families', 'published',
-           'known_issues', 'compare']
+           'known_issues', 'issue_of', 'compare']
 
 # %% ../../nbs/evals/28_published.ipynb #2d44cda4
 from decimal import Decimal
+from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 
@@ -77,7 +78,7 @@ def published(
     subset: str | None = None,    # "" for all of the data
     metric: str | None = None,    # "accuracy", "mean per class", "ROC AUC"
 ) -> pd.DataFrame:                # columns: KEYS, sign, value, rounding, unit, low, high, n, classes, mark, note
-    "The published numbers that equal what is asked for, a row each; an unknown value is a ValueError that lists the known ones."
+    "The published numbers that equal what is asked for, a row each; an unknown value is a ValueError that lists the known ones, or of many the nearest."
     found, given = _everything(), []
     for column, wanted in zip(KEYS, (table, model, data, task, subset, metric)):
         if wanted is None: continue
@@ -88,8 +89,10 @@ def published(
 
 def _unknown(column: str, wanted: str, given: list[str], found: pd.DataFrame) -> str:
     "The message for a value that no row has."
-    where = f" where {' and '.join(given)}" if given else ""
-    return f"no published number has {column} = {wanted!r}{where}; there is {', '.join(map(repr, sorted(found[column].unique())))}"
+    where, known = f" where {' and '.join(given)}" if given else "", sorted(found[column].unique())
+    near = get_close_matches(wanted, known, n=5, cutoff=0.4) if len(known) > 20 else []
+    there = f"perhaps {', '.join(map(repr, near))}? There are {len(known)}" if near else f"there is {', '.join(map(repr, known))}"
+    return f"no published number has {column} = {wanted!r}{where}; {there}"
 
 # %% ../../nbs/evals/28_published.ipynb #fd2f11f8
 def known_issues() -> pd.DataFrame:   # columns: kind, table, data, task, metric ("" means all), what, mark, where
@@ -150,8 +153,8 @@ def _verdict(row: dict, own: dict | None, scale: float) -> tuple[str, str]:
     side = "above" if least > high else "below"
     return "differs", f"the published number lies {max(least - high, low - most):.3g} {side} [{low:.4g}, {high:.4g}]"
 
-def _issue(row: dict) -> str:
-    "The known issues of a published row, as text."
+def issue_of(row: dict) -> str:
+    "The known issues of a published row, as text; empty where there are none."
     issues = known_issues()
     hit = (issues.table == row["table"]) & pd.concat([issues[k].isin(["", row[k]]) for k in ("data", "task", "metric")], axis=1).all(axis=1)
     return " ".join(f"{kind}: {what}" for kind, what in zip(issues.kind[hit], issues.what[hit]))
@@ -174,5 +177,5 @@ def compare(
         ends = {k: scale * chosen[k] if chosen else float("nan") for k in ("value", "low", "high")}
         cells.append({k: row[k] for k in KEYS} | dict(published=row["value"], published_low=row["low"], published_high=row["high"], published_n=row["n"], unit=row["unit"],
                      yours=ends["value"], low=ends["low"], high=ends["high"], n=chosen.get("n") if chosen else None, verdict=verdict, why=why,
-                     known_issue=_issue(row), mark=row["mark"]))
+                     known_issue=issue_of(row), mark=row["mark"]))
     return pd.DataFrame(cells).astype({"published_n": "Int64", "n": "Int64"})
