@@ -6,7 +6,6 @@
 __all__ = ['COLUMNS', 'check_clips', 'groups', 'pair_precision', 'mean_precision']
 
 # %% ../../nbs/evals/38_actions.ipynb #f1d7d426
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
